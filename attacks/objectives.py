@@ -1,0 +1,134 @@
+"""What an attacker maximises, one number per case: larger is worse for the model.
+
+Every objective takes ``logits`` (B, K, *S) and ``label`` and returns (B,); a case never depends on its neighbours.
+Three kinds of head are understood:
+
+* softmax, K > 1: ``label`` (B, 1, *S) of integer classes 0..K-1;
+* one sigmoid channel, K = 1: ``label`` (B, 1, *S) of 0 and 1;
+* several sigmoid channels that may overlap, ``head="sigmoid"``: ``label`` (B, K, *S) of 0 and 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Head = Literal["softmax", "sigmoid"]
+
+
+class Objective(Protocol):
+    """(logits, label) -> (B,), larger is worse for the model."""
+
+    @property
+    def head(self) -> Head:
+        """How the model's channels are read."""
+        ...
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftDice:
+    """One minus the soft Dice of the foreground, averaged over its classes: attack the number that is reported.
+
+    Dice of class k is (2 sum p t + smooth) / (sum p + sum t + smooth) with probabilities p and one-hot labels t.
+    Classes absent from the label count too: inventing a structure lowers the score of a case as missing one does.
+
+    Args:
+        head: how the channels are read; one channel is always a sigmoid.
+        include_background: also count channel 0 of a softmax head.
+        smooth: in voxels; it decides what an absent class is worth.
+    """
+
+    head: Head = "softmax"
+    include_background: bool = False
+    smooth: float = 1.0
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+        p, t = probabilities(logits, label, self.head)
+        if not self.include_background and is_softmax(logits, self.head):
+            p, t = p[:, 1:], t[:, 1:]
+        overlap = (p * t).sum(-1)
+        dice = (2 * overlap + self.smooth) / (p.sum(-1) + t.sum(-1) + self.smooth)
+        return 1 - dice.mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """Mean cross-entropy over voxels (softmax), or mean binary cross-entropy over voxels and channels (sigmoid)."""
+
+    head: Head = "softmax"
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+        check_label(logits, label, self.head)
+        logits = full_precision(logits)
+        if is_softmax(logits, self.head):
+            return F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
+        target = label.to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiceCE:
+    """Dice plus cross-entropy as MONAI's ``DiceCELoss(squared_pred=True, smooth_nr=0, smooth_dr=1e-6)``, per case.
+
+    This is what the VAFA paper calls its Dice loss (2307.07269): background included, squared denominators.
+    """
+
+    head: Head = "softmax"
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+        p, t = probabilities(logits, label, self.head)
+        dice = 2 * (p * t).sum(-1) / ((p * p).sum(-1) + (t * t).sum(-1) + 1e-6)
+        return 1 - dice.mean(1) + CrossEntropy(head=self.head)(logits, label)
+
+
+def is_softmax(logits: Tensor, head: Head) -> bool:
+    """Whether the channels compete."""
+    return head == "softmax" and logits.shape[1] > 1
+
+
+def predict(logits: Tensor, head: Head) -> Tensor:
+    """Hard decision: classes (B, 1, *S) for a softmax head, 0 or 1 per channel (B, K, *S) for a sigmoid head."""
+    return logits.argmax(1, keepdim=True) if is_softmax(logits, head) else (logits > 0).long()
+
+
+def probabilities(logits: Tensor, label: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Probabilities and one-hot labels, both (B, K, voxels), in float32 at least."""
+    check_label(logits, label, head)
+    flat = full_precision(logits).flatten(2)
+    if not is_softmax(logits, head):
+        return torch.sigmoid(flat), label.flatten(2).to(flat.dtype)
+    classes = torch.arange(flat.shape[1], device=flat.device).view(1, -1, 1)
+    return torch.softmax(flat, 1), (label.flatten(2) == classes).to(flat.dtype)
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Half-precision logits as float32: sums over millions of voxels need it."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_label(logits: Tensor, label: Tensor, head: Head) -> None:
+    """Refuse a label that the head cannot be compared with.
+
+    Raises:
+        ValueError: other shape, or classes that the logits have no channel for.
+    """
+    channels = 1 if is_softmax(logits, head) else logits.shape[1]
+    expected = (logits.shape[0], channels, *logits.shape[2:])
+    if tuple(label.shape) != expected:
+        raise ValueError(
+            f"expected a label of shape {expected} for logits {tuple(logits.shape)} and a {head} head, "
+            f"got {tuple(label.shape)}. Is the head right, and does the label lie on the image's grid?"
+        )
+    classes = logits.shape[1] if channels == 1 and logits.shape[1] > 1 else 2
+    low, high = label.min().item(), label.max().item()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"expected label values in 0..{classes - 1} for logits {tuple(logits.shape)} and a {head} head, "
+            f"got {low:g}..{high:g}. Map the label to the network's classes first"
+        )

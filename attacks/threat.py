@@ -1,0 +1,101 @@
+"""Threat models: what an attacker may do to an image.
+
+An image is allowed if and only if ``project`` leaves it unchanged; so ``project`` is idempotent and the clean image is
+always allowed. Intensities are in [0, 1] everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medrobust.transforms.blocks import merge, split
+
+SLACK = 1e-6
+"""A norm this much (relative) above its bound counts as on it: without, rounding would make projections drift."""
+
+
+class ThreatModel(Protocol):
+    """The set of images an attacker may choose from, given the clean one."""
+
+    def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
+        """The allowed image that stands for ``image_adv`` (B, C, *S) around ``image`` (B, C, *S)."""
+        ...
+
+
+@dataclass(frozen=True)
+class IntensityRange:
+    """Any image in [0, 1]."""
+
+    def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
+        return image_adv.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class LinfBall:
+    """No voxel moves by more than ``eps`` (intensity in [0, 1])."""
+
+    eps: float
+
+    def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
+        return torch.clamp(image_adv, image - self.eps, image + self.eps).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class L2Ball:
+    """The perturbation of a case has a Euclidean norm of at most ``eps`` over all its channels and voxels."""
+
+    eps: float
+
+    def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
+        delta = image_adv - image
+        # Clipping afterwards only shortens the perturbation, because the clean image lies in [0, 1].
+        return (image + delta * _shrink(delta, self.eps, delta.ndim - 1)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class BlockRMSBall:
+    """In every block the root mean square of the perturbation is at most ``eps`` (intensity in [0, 1]).
+
+    This is the bound that quantisation obeys: rounding an orthonormal DCT coefficient to a multiple of q moves it by
+    at most q / 2, so a block of n voxels moves by at most sqrt(n) q / 2 in Euclidean norm, that is q / 2 in root mean
+    square. ``block`` names the trailing axes' block sizes; with fewer sizes than spatial axes (slices of a volume),
+    the remaining axis, the last, is not cut.
+    """
+
+    eps: float
+    block: tuple[int, ...]
+
+    def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
+        delta = slices_first(image_adv - image, self.block)
+        size = delta.shape[2:]
+        # Zeros, not copies, continue the perturbation: what lies outside the image does not count.
+        missing = [width for s, b in zip(reversed(size), reversed(self.block), strict=True) for width in (0, -s % b)]
+        blocks = split(F.pad(delta, missing), self.block)
+        limit = self.eps * math.sqrt(math.prod(self.block))
+        delta = merge(blocks * _shrink(blocks, limit, len(self.block)), size)
+        return (image + slices_last(delta, image)).clamp(0, 1)
+
+
+def slices_first(x: Tensor, block: tuple[int, ...]) -> Tensor:
+    """View (B, C, H, W, D) as (B, C * D, H, W) when blocks are two-dimensional; leave anything else as it is."""
+    return x.movedim(-1, 2).flatten(1, 2) if x.ndim - 2 > len(block) else x
+
+
+def slices_last(x: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`slices_first`; ``like`` has the shape to come back to."""
+    if x.ndim == like.ndim:
+        return x
+    return x.unflatten(1, (like.shape[1], like.shape[-1])).movedim(2, -1)
+
+
+def _shrink(delta: Tensor, limit: float, dims: int) -> Tensor:
+    """Factor in (0, 1] that brings the norm over the last ``dims`` dimensions to ``limit``."""
+    norm = torch.linalg.vector_norm(delta, dim=tuple(range(-dims, 0)), keepdim=True, dtype=torch.float64)
+    factor = torch.where(norm > limit * (1 + SLACK), limit / norm.clamp_min(torch.finfo(torch.float64).tiny), 1.0)
+    return factor.to(delta.dtype)

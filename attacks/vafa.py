@@ -1,0 +1,164 @@
+"""VAFA: learn quantisation tables of the image's block-wise cosine transform that fool the model.
+
+Hanif et al., "Frequency Domain Adversarial Training for Robust Volumetric Medical Segmentation", MICCAI 2023
+(2307.07269), Algorithm 1 and Eq. 2. Every coefficient of every block has its own quantum q; the image is transformed,
+divided by q, softly rounded, multiplied back and transformed back, and q follows the sign of its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from medrobust.attacks.base import Attack, Best, Model, per_case
+from medrobust.attacks.objectives import DiceCE, SoftDice
+from medrobust.attacks.threat import BlockRMSBall, IntensityRange, ThreatModel, slices_first, slices_last
+from medrobust.transforms.blocks import merge, split
+from medrobust.transforms.dct import dct, idct
+from medrobust.transforms.quantize import quantize
+from medrobust.transforms.ssim import BlockSSIM
+
+SOFTNESS = 0.1
+"""Softness of the rounding at the first step; it falls linearly and would reach 0 after the last."""
+
+
+class Step(NamedTuple):
+    """One evaluation of the attack."""
+
+    image_adv: Tensor
+    """What went into the model, (B, C, *S)."""
+    q: Tensor
+    """The tables it was rendered with, (B, C, N, *block), on the 0..255 scale of intensities."""
+    score: Tensor
+    """What the attacker maximises, (B,)."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VAFA(Attack):
+    """Volumetric frequency attack on (B, C, H, W, D); block sizes that do not divide the volume are padded and cut.
+
+    The result is honestly bounded: in every block the root mean square of the change is at most ``q_max / 2 / 255``,
+    because rounding moves a coefficient by at most half its quantum and nothing else touches the image.
+
+    Args:
+        q_max: largest quantum, in grey levels of 255 (20 moves a block by at most 10/255 in root mean square).
+        q_min: smallest quantum; ``None`` is 1, as in the paper (5 with ``reference``).
+        q_init: quantum at the start; ``None`` is ``q_max``, as in the published code. The paper starts at 1.
+        steps: gradient steps.
+        step_size: how far a quantum moves in a step.
+        block_size: block edge lengths in voxels, one per axis.
+        ssim_weight: weight of the structural dissimilarity that is taken off the objective (Eq. 2); 0 leaves it out.
+        final: ``"soft"`` returns what the model saw while attacked; ``"hard"`` renders the best tables once more with
+            true rounding, so that the tables alone give the image back.
+        reference: the published code's arithmetic: q in [5, q_max], Dice plus cross-entropy, every axial slice
+            stretched to [0, 1] by its own minimum and maximum (which alone moves voxels by up to 84/255 and breaks
+            the bound), the last rendered image returned. A slice that is constant, where the published code divides
+            0 by 0, stays as it was.
+    """
+
+    q_max: float = 20.0
+    q_min: float | None = None
+    q_init: float | None = None
+    steps: int = 20
+    step_size: float = 1.0
+    block_size: tuple[int, ...] = (8, 8, 8)
+    ssim_weight: float = 1.0
+    final: str = "soft"
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", tuple(self.block_size))  # configurations have lists
+        q_min = self.setting("q_min")
+        if not 0 < q_min <= self.q_max or not q_min <= self.setting("q_init") <= self.q_max:
+            raise ValueError(
+                f"expected 0 < q_min <= q_init <= q_max, got q_min={q_min}, q_init={self.setting('q_init')}, "
+                f"q_max={self.q_max}"
+            )
+        if self.final not in ("soft", "hard"):
+            raise ValueError(f"expected final='soft' or 'hard', got {self.final!r}")
+        if self.steps < 0 or min(self.block_size) < 1:
+            raise ValueError(f"expected steps >= 0 and positive block sizes, got {self.steps} and {self.block_size}")
+
+    def defaults(self) -> dict[str, Any]:
+        return {
+            "objective": DiceCE() if self.reference else SoftDice(),
+            "q_min": min(5.0, self.q_max) if self.reference else min(1.0, self.q_max),
+            "q_init": self.q_max,
+        }
+
+    @property
+    def threat(self) -> ThreatModel:
+        return IntensityRange() if self.reference else BlockRMSBall(self.q_max / 2 / 255, self.block_size)
+
+    def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        best, best_q = Best(), image.new_empty(0)
+        last = image
+        for step in self.trajectory(model, image, label):
+            last = step.image_adv
+            better = best.update(step.score, last)
+            best_q = step.q if best_q.numel() == 0 else torch.where(per_case(better, step.q), step.q, best_q)
+        if self.final == "hard":
+            q = step.q if self.reference else best_q
+            return self._render(self._coefficients(image), q, 0.0, image).detach()
+        return last if self.reference or best.image_adv is None else best.image_adv
+
+    def trajectory(self, model: Model, image: Tensor, label: Tensor) -> Iterator[Step]:
+        """Every evaluation in turn: ``steps`` of them with a gradient, then, unless ``reference``, the last tables."""
+        coefficients = self._coefficients(image)
+        ssim = BlockSSIM(self._blocks(image), len(self.block_size)) if self.ssim_weight else None
+        q = torch.full_like(coefficients, self.setting("q_init"))
+        for i in range(self.steps):
+            q.requires_grad_()
+            with torch.enable_grad():
+                image_adv = self._render(coefficients, q, SOFTNESS * (1 - i / self.steps), image)
+                score = self._score(model, image_adv, label, ssim)
+                (gradient,) = torch.autograd.grad(score.sum(), q)
+            yield Step(image_adv.detach(), q.detach(), score.detach())
+            q = (q.detach() + self.step_size * gradient.sign()).clamp(self.setting("q_min"), self.q_max)
+        if self.steps == 0 or not self.reference:
+            with torch.no_grad():
+                image_adv = self._render(coefficients, q, SOFTNESS / max(self.steps, 1), image)
+                yield Step(image_adv, q, self._score(model, image_adv, label, ssim))
+
+    def _score(self, model: Model, image_adv: Tensor, label: Tensor, ssim: BlockSSIM | None) -> Tensor:
+        score = self.score(model, image_adv, label)
+        if ssim is None:
+            return score
+        similarity = ssim(self._blocks(image_adv)).clamp_min(0).flatten(1).mean(1)
+        return score - self.ssim_weight * (1 - similarity)
+
+    def _render(self, coefficients: Tensor, q: Tensor, alpha: float, image: Tensor) -> Tensor:
+        """The image that quantised coefficients stand for, in [0, 1]."""
+        blocks = idct(quantize(coefficients, q, alpha), self._dims)
+        levels = slices_last(merge(self._block_axis(blocks), self._sliced(image).shape[2:]), image) + 128
+        return _stretch_slices(levels, image) if self.reference else (levels / 255).clamp(0, 1)
+
+    def _coefficients(self, image: Tensor) -> Tensor:
+        return dct(255 * self._blocks(image) - 128, self._dims)
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
+        return tuple(range(-len(self.block_size), 0))
+
+    def _blocks(self, image: Tensor) -> Tensor:
+        """(B, C, N, *block): the image's blocks; of a volume's slices, (B, C, D, N, *block)."""
+        blocks = split(self._sliced(image), self.block_size)
+        return blocks if self._sliced(image).ndim == image.ndim else blocks.unflatten(1, (image.shape[1], -1))
+
+    def _block_axis(self, blocks: Tensor) -> Tensor:
+        """Undo the last line of ``_blocks``."""
+        return blocks.flatten(1, 2) if blocks.ndim - len(self.block_size) > 3 else blocks
+
+    def _sliced(self, image: Tensor) -> Tensor:
+        return slices_first(image, self.block_size)
+
+
+def _stretch_slices(levels: Tensor, image: Tensor) -> Tensor:
+    """Min-max stretch of every axial slice to [0, 1], as the published code does; constant slices stay clean."""
+    low, high = levels.amin((2, 3), keepdim=True), levels.amax((2, 3), keepdim=True)
+    constant = high <= low
+    return torch.where(constant, image, (levels - low) / torch.where(constant, 1.0, high - low))

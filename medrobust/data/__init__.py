@@ -1,0 +1,1 @@
+"""Data sets: where the real scans come from, and the lists that bundles read."""
