@@ -56,8 +56,8 @@ class VAFA(Attack):
             true rounding, so that the tables alone give the image back.
         reference: the published code's arithmetic: q in [5, q_max], Dice plus cross-entropy, every axial slice
             stretched to [0, 1] by its own minimum and maximum (which alone moves voxels by up to 84/255 and breaks
-            the bound), the last rendered image returned. A slice that is constant, where the published code divides
-            0 by 0, stays as it was.
+            the bound), the last rendered image returned. Where a rendered slice is constant and the published code
+            divides 0 by 0, the clean slice stands.
     """
 
     q_max: float = 20.0

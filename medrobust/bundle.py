@@ -1,0 +1,146 @@
+"""Read a MONAI bundle: its network with weights, its inferer, its cases. A bundle is code: open only trusted ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.data import load_decathlon_datalist
+from monai.inferers import Inferer
+from monai.transforms import Compose, MapTransform
+from torch import nn
+
+from medrobust.networks.weights import load_weights
+from medrobust.parsing import check_name
+
+CONFIGS = ("configs/train.yaml", "configs/evaluate.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle folder with its training and evaluation configurations, and overrides on top.
+
+    Args:
+        root: the bundle's folder.
+        overrides: configuration id (``a`` or ``a#b``) -> value; an id that the configuration does not have is refused.
+        weights: checkpoint; ``None`` is the bundle's own ``ckpt_path``.
+    """
+
+    root: Path
+    overrides: Mapping[str, Any]
+    weights: Path | None = None
+
+    @cached_property
+    def parser(self) -> ConfigParser:
+        """The merged configuration.
+
+        Raises:
+            FileNotFoundError: no such bundle.
+            ValueError: an override of something that does not exist.
+        """
+        files = [self.root / name for name in CONFIGS if (self.root / name).is_file()]
+        if not files:
+            raise FileNotFoundError(f"expected a MONAI bundle with {CONFIGS[0]} in {self.root}, got none there")
+        parser = ConfigParser()
+        parser.read_config([str(file) for file in files])
+        parser["bundle_root"] = str(self.root)
+        for name, value in self.overrides.items():
+            key = name.replace("::", "#")
+            check_name(key, _ids(parser.config), f"configuration id of {self.root.name}")
+            parser[key] = value
+        return parser
+
+    @cached_property
+    def device(self) -> torch.device:
+        return torch.device(self.parser.get_parsed_content("device"))
+
+    @property
+    def weights_path(self) -> Path:
+        return self.weights or Path(self.parser.get_parsed_content("ckpt_path"))
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network with its weights, on the device, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: the bundle ships no weights and none were given.
+            ValueError: the weights are of another network.
+        """
+        if not self.weights_path.is_file():
+            raise FileNotFoundError(f"expected weights in {self.weights_path}, got no such file: pass --weights")
+        network: nn.Module = self.parser.get_parsed_content("network_def")
+        load_weights(network, self.weights_path)
+        return network.to(self.device).eval()
+
+    @property
+    def model(self) -> str:
+        """Name of the network and hash of its weights."""
+        digest = hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
+        return f"{type(self.network).__name__} sha256:{digest[:12]}"
+
+    @cached_property
+    def inferer(self) -> Inferer:
+        inferer: Inferer = self.parser.get_parsed_content("validate#inferer")
+        return inferer
+
+    @cached_property
+    def preprocessing(self) -> Compose:
+        """The evaluation transforms, which also take a case without a label."""
+        compose: Compose = self.parser.get_parsed_content("validate#preprocessing")
+        for transform in compose.flatten().transforms:
+            if isinstance(transform, MapTransform):
+                transform.allow_missing_keys = True
+        return compose
+
+    @property
+    def class_names(self) -> list[str]:
+        """The channels' names from the metadata, background first."""
+        metadata = json.loads((self.root / "configs" / "metadata.json").read_text(encoding="utf-8"))
+        channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+        return [channels[key] for key in sorted(channels, key=int)]
+
+    def cases(self, split: str) -> list[dict[str, Any]]:
+        """The data list of ``"validation"`` or ``"training"``; a case that the list repeats appears once."""
+        where = {"validation": "validate#dataset#data", "training": "train#dataset#data"}
+        if split not in where:
+            raise ValueError(f"expected a split 'validation' or 'training', got {split!r}")
+        found: list[Mapping[str, Any]] = self.parser.get_parsed_content(where[split])
+        unique = {str(case["image"]): {key: case[key] for key in ("image", "label") if key in case} for case in found}
+        return list(unique.values())
+
+
+def read_list(path: Path, section: str) -> list[dict[str, Any]]:
+    """Cases of a Medical Segmentation Decathlon style data list; paths are relative to its folder.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no such section.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a data list in {path}, got no such file")
+    try:
+        found = load_decathlon_datalist(str(path), data_list_key=section, base_dir=str(path.parent))
+    except (ValueError, json.JSONDecodeError) as error:
+        raise ValueError(f"expected a data list with a section {section!r} in {path.name}, got: {error}") from error
+    return [{key: case[key] for key in ("image", "label") if key in case} for case in found]
+
+
+def _ids(config: Any, prefix: str = "") -> list[str]:
+    """Every id of a configuration: ``a``, ``a#b``, ``a#b#0``."""
+    if isinstance(config, Mapping):
+        items: Sequence[tuple[Any, Any]] = list(config.items())
+    elif isinstance(config, list):
+        items = list(enumerate(config))
+    else:
+        return []
+    found: list[str] = []
+    for key, value in items:
+        name = f"{prefix}#{key}" if prefix else str(key)
+        found += [name, *_ids(value, name)]
+    return found

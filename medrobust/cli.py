@@ -1,0 +1,340 @@
+"""The command line: ``attack``, ``evaluate``, ``report``, ``data``, ``list`` and ``demo``.
+
+Heavy imports stay inside the commands, so that ``--help`` answers at once. Exit codes: 0 all went well, 1 some case
+failed (the others are there), 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from medrobust.attacks.base import Attack
+    from medrobust.evaluation import Condition
+    from medrobust.run import Run
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Attack medical image segmentation models, measure what breaks, write the report.",
+)
+out = Console()
+err = Console(stderr=True)
+
+BundleArg = Annotated[
+    Path, typer.Option("--bundle", "-b", help="Folder of a MONAI bundle. It is code: trust it first.")
+]
+OutputArg = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")]
+AttackArg = Annotated[
+    list[str] | None,
+    typer.Option("--attack", "-a", help="Such as 'pgd eps=8/255 steps=40'. Repeat for several. See `medrobust list`."),
+]
+WeightsArg = Annotated[Path | None, typer.Option(help="Checkpoint; default: the bundle's own.")]
+SplitArg = Annotated[str, typer.Option(help="Cases of the bundle: validation or training.")]
+ListArg = Annotated[Path | None, typer.Option(help="Data list (Decathlon JSON) instead of the bundle's cases.")]
+SectionArg = Annotated[str, typer.Option(help="Section of the data list.")]
+ImageArg = Annotated[Path | None, typer.Option(help="One image instead of the bundle's cases.")]
+LabelArg = Annotated[Path | None, typer.Option(help="Its label; without one the model's own prediction is attacked.")]
+SetArg = Annotated[list[str] | None, typer.Option("--set", help="Override the bundle's configuration: id=value.")]
+SeedArg = Annotated[int, typer.Option(help="Seed of every attack.")]
+ProtocolArg = Annotated[str, typer.Option(help="whole (through the inferer, what is deployed), tiles, or both.")]
+LabelFreeArg = Annotated[bool, typer.Option("--label-free", help="Attack the model's own prediction, not the label.")]
+
+
+@app.command()
+def attack(
+    bundle: BundleArg,
+    output: OutputArg,
+    attack: AttackArg = None,
+    weights: WeightsArg = None,
+    split: SplitArg = "validation",
+    data_list: ListArg = None,
+    section: SectionArg = "validation",
+    image: ImageArg = None,
+    label: LabelArg = None,
+    override: SetArg = None,
+    seed: SeedArg = 0,
+    protocol: ProtocolArg = "whole",
+    label_free: LabelFreeArg = False,
+) -> None:
+    """Craft adversarial volumes and their records; no report."""
+    with told():
+        run, cases = _prepare(**locals(), saved=None, pictures=False)
+        _go(run, cases)
+        out.print(f"volumes and records: {output}", highlight=False, soft_wrap=True)
+        if run.failures:
+            raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    bundle: BundleArg,
+    output: OutputArg,
+    attack: AttackArg = None,
+    weights: WeightsArg = None,
+    split: SplitArg = "validation",
+    data_list: ListArg = None,
+    section: SectionArg = "validation",
+    image: ImageArg = None,
+    label: LabelArg = None,
+    override: SetArg = None,
+    seed: SeedArg = 0,
+    protocol: ProtocolArg = "whole",
+    label_free: LabelFreeArg = False,
+    saved: Annotated[Path | None, typer.Option(help="`volumes` folder of an earlier run, evaluated again.")] = None,
+    pictures: Annotated[bool, typer.Option(help="One picture per case and attack.")] = True,
+    note: Annotated[list[str] | None, typer.Option(help="A line for the report's notes.")] = None,
+) -> None:
+    """Measure clean and under attack, keep the adversarial volumes, write the report."""
+    with told():
+        settings = {key: value for key, value in locals().items() if key != "note"}
+        run, cases = _prepare(**settings)
+        _go(run, cases)
+        _report(run.folder, run.folder, note or [], run.failures)
+
+
+@app.command()
+def report(
+    records: Annotated[Path, typer.Argument(help="records.csv, or the folder of a run.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: beside the records.")] = None,
+    note: Annotated[list[str] | None, typer.Option(help="A line for the report's notes.")] = None,
+) -> None:
+    """Write report.html and report.md from records (and pictures, where a run has them)."""
+    with told():
+        folder = records if records.is_dir() else records.parent
+        _report(folder, output or folder, note or [], {})
+
+
+@app.command()
+def data(
+    folder: Annotated[Path | None, typer.Option(help="Where to put it; default: the user's cache.")] = None,
+) -> None:
+    """Fetch the real CT and MR exams (38 MB, once) and prepare them."""
+    with told():
+        from medrobust.data import ct_organs
+
+        with out.status("fetching and preparing two CT exams and one MR exam"):
+            found = ct_organs.prepare(folder)
+        out.print(f"ready in {found}")
+
+
+@app.command("list")
+def list_() -> None:
+    """Name the attacks with their settings, and the metrics."""
+    with told():
+        from rich.table import Table
+
+        from medrobust import attacks, metrics
+
+        table = Table("attack", "what it is", "settings", title="attacks: --attack 'NAME setting=value ...'")
+        for name in attacks.names():
+            instance = attacks.load(name)()
+            settings = repr(instance).partition("(")[2].removesuffix(")")
+            table.add_row(name, (type(instance).__doc__ or "").splitlines()[0], settings)
+        out.print(table)
+        found = Table("metric", "unit", "ideal", title="metrics")
+        for name in metrics.names():
+            about = metrics.about(name)
+            found.add_row(name, about.unit, f"{about.ideal:g}")
+        out.print(found)
+
+
+@app.command()
+def demo(
+    output: OutputArg = Path("demo_output"),
+    bundle: BundleArg = Path("bundles/ct_organs_unetr"),
+) -> None:
+    """Attack a trained UNETR on a real CT exam: table, adversarial volumes, report."""
+    import shutil
+
+    with told():
+        from medrobust.data import ct_organs
+
+        if not (bundle / "configs").is_dir():
+            raise FileNotFoundError(f"expected the bundle in {bundle}, got no such folder: run in the project's root")
+        with out.status("fetching the CT exams (38 MB, once)"):
+            ct_organs.prepare()
+        if (output / "records.csv").is_file():
+            shutil.rmtree(output)
+        attacks = ["noise: random_noise eps=8/255", "gaussian_noise std=8/255", "fgsm eps=8/255", "bim eps=8/255"]
+        attacks += ["pgd eps=8/255 steps=20", "vafa2d q_max=20", "vafa q_max=20"]
+        run, cases = _prepare(bundle=bundle, output=output, attack=attacks, protocol="both")
+        _go(run, cases)
+        notes = [
+            "Trained on one CT exam (CT A), evaluated on another (CT B: contrast agent, arms down).",
+            "The reference masks come from TotalSegmentator, not from a human: Dice is agreement with that model.",
+        ]
+        _report(run.folder, run.folder, notes, run.failures)
+
+
+def main() -> None:
+    """Entry point of the ``medrobust`` command."""
+    app()
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Wrong input ends in one line and exit code 2; our own mistakes keep their traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError, PermissionError, IsADirectoryError, ImportError) as error:
+        from medrobust.run import reason
+
+        err.print(f"[bold red]error:[/] {_escape(reason(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _prepare(
+    *,
+    bundle: Path,
+    output: Path,
+    attack: list[str] | None = None,
+    weights: Path | None = None,
+    split: str = "validation",
+    data_list: Path | None = None,
+    section: str = "validation",
+    image: Path | None = None,
+    label: Path | None = None,
+    override: list[str] | None = None,
+    seed: int = 0,
+    protocol: str = "whole",
+    label_free: bool = False,
+    saved: Path | None = None,
+    pictures: bool = True,
+) -> tuple[Run, list[dict[str, Any]]]:
+    """Everything that can be wrong is found here, before any work is done."""
+    from medrobust.parsing import parse_value
+
+    named = _attacks(attack or [])
+    protocols = _protocols(protocol)
+    overrides: dict[str, Any] = {}
+    for word in override or []:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"expected --set id=value, got {word!r}")
+        overrides[name] = parse_value(value)
+    if not named and saved is None:
+        raise ValueError("expected at least one --attack (see `medrobust list`) or --saved, got none")
+
+    from medrobust.bundle import Bundle, read_list
+    from medrobust.evaluation import Evaluation
+    from medrobust.run import Run
+
+    opened = Bundle(root=bundle, overrides=overrides, weights=weights)
+    if image is not None:
+        cases: list[dict[str, Any]] = [{"image": str(image), **({"label": str(label)} if label else {})}]
+        label_free = label_free or label is None
+    else:
+        cases = opened.cases(split) if data_list is None else read_list(data_list, section)
+    if not cases:
+        raise ValueError("expected at least one case, got an empty list")
+    evaluation = Evaluation(
+        network=opened.network,
+        inferer=opened.inferer,
+        class_names=opened.class_names,
+        seed=seed,
+        label_free=label_free,
+        model=opened.model,
+        device=opened.device,
+    )
+    run = Run(
+        folder=output,
+        evaluation=evaluation,
+        conditions=_conditions(named, protocols, saved),
+        preprocessing=opened.preprocessing,
+        pictures=pictures,
+        saved=saved,
+    )
+    return run, cases
+
+
+def _attacks(words: Sequence[str]) -> dict[str, Attack]:
+    from medrobust.parsing import parse_attack
+
+    named: dict[str, Attack] = {}
+    for word in words:
+        name, parsed = parse_attack(word)
+        if name in named:
+            raise ValueError(f"expected attacks of different names, got {name!r} twice: write 'strong: {word}'")
+        named[name] = parsed
+    return named
+
+
+def _protocols(word: str) -> list[str]:
+    from medrobust.evaluation import TILES, WHOLE
+
+    known = {"whole": [WHOLE], "tiles": [TILES], "both": [WHOLE, TILES]}
+    if word not in known:
+        raise ValueError(f"expected --protocol whole, tiles or both, got {word!r}")
+    return known[word]
+
+
+def _conditions(named: Mapping[str, Attack], protocols: Sequence[str], saved: Path | None) -> list[Condition]:
+    from medrobust.evaluation import conditions
+    from medrobust.run import saved_conditions
+
+    return saved_conditions(saved) if saved else conditions(named, protocols)
+
+
+def _go(run: Run, cases: Sequence[Mapping[str, Any]]) -> None:
+    """Evaluate with a progress bar; failed cases are named at the end and turn the exit code to 1 later."""
+    from medrobust.run import case_names
+
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns.append(TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("starting", total=len(case_names(cases)) * len(run.conditions))
+
+        def progress(case: str, what: str) -> None:
+            bar.update(task, description=f"{case}: {what}")
+            if what != "reading":
+                bar.advance(task)
+            if not out.is_terminal:
+                out.print(f"{case}: {what}", highlight=False)
+
+        run.evaluate(cases, progress)
+    for case, why in run.failures.items():
+        err.print(f"[yellow]case {case} failed:[/] {_escape(why)}", highlight=False, soft_wrap=True)
+
+
+def _report(folder: Path, target: Path, notes: Sequence[str], failures: Mapping[str, str]) -> None:
+    from rich.markdown import Markdown
+
+    from medrobust.atomic import write_text
+    from medrobust.records import read_csv
+    from medrobust.report import html, markdown
+
+    path = folder / "records.csv"
+    if not path.is_file():
+        if failures:
+            raise typer.Exit(1)
+        raise FileNotFoundError(f"expected records.csv in {folder}, got none: run `medrobust evaluate` first")
+    records = read_csv(path)
+    notes = [*notes, *(f"Case {case} failed and is in no number: {why}" for case, why in failures.items())]
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    summary = markdown(records, notes=notes)
+    write_text(target / "report.md", summary)
+    write_text(target / "report.html", html(records, pictures, notes=notes))
+    out.print(Markdown(summary))
+    out.print(f"\nreport: {target / 'report.html'}", highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

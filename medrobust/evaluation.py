@@ -1,0 +1,229 @@
+"""One network, one list of cases, many conditions: clean, each attack, and the controls that attack is shown beside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer, SlidingWindowInferer
+from nibabel.affines import voxel_sizes
+from torch import Tensor, nn
+
+from medrobust.attacks.base import Attack, check_image, frozen
+from medrobust.attacks.objectives import predict
+from medrobust.attacks.random_noise import RandomNoise
+from medrobust.attacks.vafa import VAFA
+from medrobust.inferers import bind
+from medrobust.metrics import status
+from medrobust.metrics.dice import dice
+from medrobust.metrics.flip_rate import flip_rate
+from medrobust.metrics.hd95 import hd95
+from medrobust.metrics.l2 import l2
+from medrobust.metrics.linf import linf
+from medrobust.metrics.psnr import psnr
+from medrobust.metrics.ssim import ssim
+from medrobust.records import CLEAN, Record, versions
+from medrobust.tiles import attack_tiles
+
+WHOLE, TILES = "whole volume", "tiles"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Recorded:
+    """An attack that was run earlier and whose volumes are read back: only what it called itself is left."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What is done to an image before the network sees it.
+
+    Attributes:
+        name: short, unique together with ``protocol``.
+        attack: ``None`` for the clean image.
+        protocol: ``"whole volume"`` through the inferer, or ``"tiles"`` one by one.
+        match: draw noise with the L2 norm that the condition of this name had on the same case.
+    """
+
+    name: str
+    attack: Attack | Recorded | None = None
+    protocol: str = ""
+    match: str = ""
+
+
+CLEAN_CONDITION = Condition(name=CLEAN)
+
+
+def conditions(attacks: Mapping[str, Attack], protocols: Sequence[str] = (WHOLE,)) -> list[Condition]:
+    """The clean condition, then every attack under every protocol, each VAFA followed by its two controls.
+
+    The controls of a frequency attack are the coarsest tables without any optimisation, and noise of the same L2 norm:
+    what the attack does beyond them is what it learned. Attacks that look at neither model nor label are the same
+    under every protocol and run once.
+    """
+    found = [CLEAN_CONDITION]
+    for name, attack in attacks.items():
+        blind = type(attack).perturb.__module__.endswith("noise")
+        for protocol in protocols[:1] if blind else protocols:
+            found.append(Condition(name=name, attack=attack, protocol=WHOLE if blind else protocol))
+            if isinstance(attack, VAFA) and protocol == WHOLE:
+                coarse = replace(attack, steps=0, q_init=attack.q_max, ssim_weight=0.0)
+                found.append(Condition(name=f"{name} tables only", attack=coarse, protocol=WHOLE))
+                noise = RandomNoise(norm="l2", eps=0.0)
+                found.append(Condition(name=f"{name} equal noise", attack=noise, protocol=WHOLE, match=name))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One case under one condition; all maps are (C, *S) without a batch dimension."""
+
+    condition: Condition
+    attack: Attack | Recorded | None
+    records: list[Record]
+    image: Tensor
+    image_adv: Tensor
+    label: Tensor
+    pred: Tensor
+    pred_adv: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How cases are evaluated.
+
+    Args:
+        network: in its checkpoint's state; it is frozen and in evaluation mode meanwhile.
+        inferer: what makes logits of a whole volume; it is attacked, and it is what the predictions come from.
+        class_names: background first, one per channel of the logits, or two for a single sigmoid channel.
+        seed: of every attack's generator, the same for each case and condition.
+        label_free: attack the model's own clean prediction; Dice then is against that prediction too.
+        model: name and hash of the weights, for the records.
+        device: where the network runs.
+    """
+
+    network: nn.Module
+    inferer: Inferer | None
+    class_names: Sequence[str]
+    seed: int = 0
+    label_free: bool = False
+    model: str = ""
+    device: torch.device | str = "cpu"
+
+    def case(
+        self,
+        name: str,
+        image: Tensor,
+        label: Tensor | None,
+        wanted: Iterable[Condition],
+        *,
+        saved: Callable[[Condition], Tensor | None] = lambda condition: None,
+    ) -> Iterator[Result]:
+        """Evaluate one case under each condition in turn.
+
+        Args:
+            name: what the records call the case; no patient data.
+            image: (C, *S) in [0, 1]; the voxel size is read from its affine when it has one.
+            label: (1, *S); ``None`` needs ``label_free``.
+            wanted: which conditions; the clean prediction is made once in any case.
+            saved: gives the adversarial image (C, *S) of a condition instead of crafting it, or ``None``.
+
+        Raises:
+            ValueError: image, label and network do not fit together.
+        """
+        spacing = [float(s) for s in voxel_sizes(image.affine.numpy())] if isinstance(image, MetaTensor) else []
+        spacing = spacing[: image.ndim - 1] or [1.0] * (image.ndim - 1)
+        clean = image.as_subclass(Tensor).to(self.device)[None].float()
+        check_image(clean, "the evaluation")
+        model = bind(self.network, self.inferer).to(self.device)
+        pred = self._predict(model, clean)
+        if label is None and not self.label_free:
+            raise ValueError(f"expected a label for case {name}, got none: evaluate label-free or add the label")
+        reference = pred if self.label_free or label is None else label.as_subclass(Tensor).to(self.device)[None].long()
+        norms: dict[str, float] = {}
+        for condition in wanted:
+            attack = condition.attack
+            if condition.match:
+                attack = RandomNoise(norm="l2", eps=norms.get(condition.match, 0.0))
+            image_adv = clean
+            if attack is not None:
+                kept = saved(condition)
+                if kept is not None:
+                    image_adv = kept[None].to(self.device)
+                elif isinstance(attack, Attack):
+                    image_adv = self._craft(attack, condition, model, clean, reference)
+                else:
+                    raise ValueError(f"expected the saved volume of {condition.name} for case {name}, got none")
+            pred_adv = pred if attack is None else self._predict(model, image_adv)
+            norms[condition.name] = l2(image_adv, clean).item()
+            records = self._records(name, condition, attack, spacing, clean, image_adv, reference, pred, pred_adv)
+            yield Result(
+                condition=condition,
+                attack=attack,
+                records=records,
+                image=clean[0],
+                image_adv=image_adv[0],
+                label=reference[0],
+                pred=pred[0],
+                pred_adv=pred_adv[0],
+            )
+
+    def _predict(self, model: nn.Module, image: Tensor) -> Tensor:
+        with frozen(model), torch.no_grad():
+            logits = model(image)
+        channels = logits.shape[1]
+        if channels != len(self.class_names) and (channels, len(self.class_names)) != (1, 2):
+            raise ValueError(f"expected logits for the classes {', '.join(self.class_names)}, got {channels} channels")
+        return predict(logits, "softmax")
+
+    def _craft(self, attack: Attack, condition: Condition, model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        if condition.protocol != TILES:
+            return attack(model, image, label, generator=generator)
+        if not isinstance(self.inferer, SlidingWindowInferer):
+            raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(self.inferer).__name__}")
+        roi = self.inferer.roi_size
+        roi = [roi] * (image.ndim - 2) if isinstance(roi, int) else list(roi)
+        return attack_tiles(attack, bind(self.network), image, label, roi, generator=generator)
+
+    def _records(
+        self,
+        case: str,
+        condition: Condition,
+        attack: Attack | Recorded | None,
+        spacing: Sequence[float],
+        image: Tensor,
+        image_adv: Tensor,
+        label: Tensor,
+        pred: Tensor,
+        pred_adv: Tensor,
+    ) -> list[Record]:
+        shared: dict[str, Any] = {
+            "case": case,
+            "condition": condition.name,
+            "protocol": condition.protocol,
+            "attack": "" if attack is None else repr(attack),
+            "seed": self.seed,
+            "model": self.model,
+            "versions": versions(),
+        }
+        classes = len(self.class_names)
+        words = status(pred_adv, label, classes)[0]
+        columns = {"dice": dice(pred_adv, label, classes)[0], "hd95": hd95(pred_adv, label, classes, spacing)[0]}
+        found = [
+            Record(**shared, metric=metric, class_name=name, value=float(value), status=word)
+            for metric, values in columns.items()
+            for name, value, word in zip(self.class_names, values, words, strict=True)
+        ]
+        if attack is not None:
+            measured = {function.__name__: function(image_adv, image) for function in (ssim, psnr, linf, l2)}
+            measured["flip_rate"] = flip_rate(pred_adv, pred)
+            found += [Record(**shared, metric=metric, value=float(value.mean())) for metric, value in measured.items()]
+        return found

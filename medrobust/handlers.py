@@ -1,0 +1,186 @@
+"""Attacks as Ignite handlers: add one to an engine, change nothing else.
+
+============================ ======================= ===========================================================
+handler                      event                   what it does
+============================ ======================= ===========================================================
+:class:`CraftAdversarial`    ``ITERATION_STARTED``   a new batch with the adversarial image, in a trainer or evaluator
+:class:`RobustEvaluation`    ``FORWARD_COMPLETED``   ``image_adv`` and ``pred_adv`` in an evaluator's output: one pass
+                                                     gives clean and adversarial metrics
+:class:`SaveAdversarial`     ``FORWARD_COMPLETED``   adversarial volumes as float32 NIfTI on the network's grid
+============================ ======================= ===========================================================
+
+Both attack the bare network (not its distributed or compiled wrapper) in evaluation mode, take gradients of the image
+only, draw chance from their own generator, and keep the image's own metadata on the adversarial image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor, decollate_batch
+from monai.engines.utils import IterationEvents
+from monai.inferers import Inferer, SlidingWindowInferer
+from torch import Tensor, nn
+
+from medrobust.attacks.base import Attack, frozen
+from medrobust.attacks.objectives import predict
+from medrobust.inferers import bind
+from medrobust.io import save_volume, stem
+from medrobust.tiles import attack_tiles
+
+PROTOCOLS = ("whole volume", "tiles")
+
+
+class _Crafting:
+    """What both handlers share: find the network, build the model, attack one prepared batch."""
+
+    def __init__(
+        self,
+        attack: Attack,
+        *,
+        inferer: Inferer | None = None,
+        protocol: str = "whole volume",
+        label_free: bool = False,
+        seed: int = 0,
+        image_key: str = "image",
+    ) -> None:
+        """
+        Args:
+            attack: any attack of the package.
+            inferer: attack through this one; ``None`` is the engine's own, which is what gets deployed.
+            protocol: ``"whole volume"`` attacks through the inferer; ``"tiles"`` attacks disjoint windows one by one,
+                as the literature does (it needs a sliding-window inferer).
+            label_free: attack the model's own prediction instead of the label.
+            seed: of the attack's generator, plus the rank and the iteration: every iteration draws anew, a resumed
+                run draws the same.
+            image_key: the image's key in the batch.
+        """
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"expected a protocol among {PROTOCOLS}, got {protocol!r}")
+        self.attack = attack
+        self.inferer = inferer
+        self.protocol = protocol
+        self.label_free = label_free
+        self.seed = seed
+        self.image_key = image_key
+
+    def craft(self, engine: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """The adversarial twin of the current batch's image with that image's metadata, and the network's arguments."""
+        state = engine.state
+        source = state.batch[self.image_key]
+        prepared = engine.prepare_batch(state.batch, state.device, engine.non_blocking, **engine.to_kwargs)
+        image, label, args, kwargs = prepared if len(prepared) == 4 else (*prepared, (), {})
+        if label is None and not self.label_free:
+            raise ValueError("expected a label in the batch, got none: set label_free=True to attack the prediction")
+        network, inferer = bare(engine.network), self.inferer or engine.inferer
+        generator = torch.Generator().manual_seed(self.seed + state.rank + 100_003 * state.iteration)
+        model = bind(network, inferer, *args, **kwargs)
+        if self.protocol == "whole volume":
+            image_adv = self.attack(model, image, None if self.label_free else label, generator=generator)
+        elif isinstance(inferer, SlidingWindowInferer):
+            target = own_prediction(self.attack, model, image) if self.label_free else label
+            tile = bind(network, None, *args, **kwargs)
+            image_adv = attack_tiles(self.attack, tile, image, target, inferer.roi_size, generator=generator)
+        else:
+            raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(inferer).__name__}")
+        return with_meta_of(source, image_adv), args, kwargs
+
+
+class CraftAdversarial(_Crafting):
+    """Put the adversarial image into a new batch before the engine's forward pass.
+
+    With ``to="image"`` (the default) it replaces the image, and the clean one stays as ``image_clean``: plain
+    adversarial training, or adversarial metrics only. With another key it is added beside the clean image. The batch
+    that the data loader gave is not touched.
+    """
+
+    def __init__(self, attack: Attack, *, to: str = "image", **settings: Any) -> None:
+        super().__init__(attack, **settings)
+        self.to = to
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        batch = engine.state.batch
+        image_adv, _, _ = self.craft(engine)
+        clean = {f"{self.image_key}_clean": batch[self.image_key]} if self.to == self.image_key else {}
+        engine.state.batch = {**batch, **clean, self.to: image_adv}
+
+
+class RobustEvaluation(_Crafting):
+    """Add ``image_adv`` and ``pred_adv`` to an evaluator's output after its clean forward pass.
+
+    Metrics on the pair ``from_engine(["pred_adv", "label"])`` then stand beside the clean ones, and a postprocessing
+    that lists ``pred_adv`` saves it with the image's geometry.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        image_adv, args, kwargs = self.craft(engine)
+        output = engine.state.output
+        output["image_adv"] = image_adv = image_adv.to(engine.state.device)
+        with engine.mode(engine.network), torch.autocast("cuda", enabled=engine.amp, **engine.amp_kwargs):
+            output["pred_adv"] = engine.inferer(image_adv, engine.network, *args, **kwargs)
+
+
+class SaveAdversarial:
+    """Write the adversarial volumes of an evaluator as float32 NIfTI, on the grid and in the unit the network saw.
+
+    Attach it after the handler that crafts. A name that two cases share gets a number: nothing is overwritten within
+    a run.
+
+    Args:
+        output_dir: folder of the files ``<image's name>_adv.nii.gz``.
+        key: ``"image_adv"`` after :class:`RobustEvaluation`, ``"image"`` after :class:`CraftAdversarial`.
+    """
+
+    def __init__(self, output_dir: str | Path, *, key: str = "image_adv") -> None:
+        self.output_dir = Path(output_dir)
+        self.key = key
+        self._written: dict[str, int] = {}
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda: self._written.clear())
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        for volume in decollate_batch(engine.state.output[self.key]):
+            if not isinstance(volume, MetaTensor) or "filename_or_obj" not in volume.meta:
+                raise ValueError(
+                    f"expected {self.key} with its file name in the metadata, got none: load with LoadImaged"
+                )
+            name = stem(str(volume.meta["filename_or_obj"]))
+            count = self._written[name] = self._written.get(name, 0) + 1
+            suffix = "" if count == 1 else f"_{count}"
+            path = self.output_dir / f"{name}{suffix}_adv.nii.gz"
+            save_volume(volume.as_tensor(), path, affine=volume.affine, meta=volume.meta)
+
+
+def own_prediction(attack: Attack, model: nn.Module, image: Tensor) -> Tensor:
+    """What the model says of the clean image, as a label to attack."""
+    with frozen(model), torch.no_grad():
+        return predict(model(image.as_subclass(Tensor)), attack.setting("objective").head)
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The module inside wrappers of distributed training and ``torch.compile``."""
+    while True:
+        if isinstance(network, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            network = network.module
+        elif isinstance(getattr(network, "_orig_mod", None), nn.Module):
+            network = network._orig_mod  # type: ignore[assignment]
+        else:
+            return network
+
+
+def with_meta_of(source: Any, image_adv: Tensor) -> Tensor:
+    """``image_adv`` with the metadata of ``source``, which may be a plain tensor without any."""
+    if not isinstance(source, MetaTensor):
+        return image_adv
+    return MetaTensor(image_adv).copy_meta_from(source, copy_attr=False)  # type: ignore[no-any-return]

@@ -1,0 +1,87 @@
+"""Attacks and numbers as a person types them: ``"pgd eps=8/255 steps=40 objective=DiceCE"``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import yaml
+
+from medrobust import attacks
+from medrobust.attacks.base import Attack
+
+_FRACTION = re.compile(r"^\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*/\s*([\d.]+)\s*$")
+
+
+def parse_attack(text: str) -> tuple[str, Attack]:
+    """An attack from its name and ``setting=value`` words; returns what to call it, and the attack.
+
+    A first word ``label:`` names the condition: ``"strong: pgd steps=100"``. Fractions are divided, commas make tuples,
+    and an objective goes by its name.
+
+    Raises:
+        ValueError: unknown attack, setting or value, with the nearest that exists.
+    """
+    label, _, rest = text.rpartition(":")
+    words = shlex.split(rest)
+    if not words:
+        raise ValueError(f"expected an attack such as 'pgd eps=8/255', got {text!r}")
+    cls = attacks.load(words[0])
+    known = [field.name for field in fields(cls)]
+    settings: dict[str, Any] = {}
+    for word in words[1:]:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"expected setting=value after {words[0]}, got {word!r}")
+        check_name(name, known, f"setting of {cls.__name__}")
+        settings[name] = _objective(value) if name == "objective" else parse_value(value)
+    try:
+        attack: Attack = cls(**settings)
+        repr(attack)
+        _ = attack.threat
+    except TypeError as error:
+        raise ValueError(f"expected values that {cls.__name__} understands, got {settings}: {error}") from error
+    return label.strip() or cls.__name__, attack
+
+
+def parse_value(text: str) -> Any:
+    """A YAML scalar, a fraction such as ``8/255``, or a tuple such as ``8,8,8``."""
+    fraction = _FRACTION.match(text)
+    if fraction:
+        denominator = float(fraction[2])
+        if denominator == 0:
+            raise ValueError(f"expected a number, got {text!r}: division by zero")
+        return float(fraction[1]) / denominator
+    if "," in text:
+        return tuple(parse_value(part) for part in text.split(","))
+    value = yaml.safe_load(text)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)  # YAML 1.1 reads 1e-4 as a word
+    return value
+
+
+def check_name(name: str, known: Iterable[str], kind: str) -> None:
+    """Refuse a name that is not among ``known``, and say which is near.
+
+    Raises:
+        ValueError: with the closest known names, or all of them.
+    """
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known[:40])}"
+    raise ValueError(f"expected a {kind}, got {name!r}: {hint}")
+
+
+def _objective(name: str) -> Any:
+    found = {"softdice": attacks.SoftDice, "crossentropy": attacks.CrossEntropy, "ce": attacks.CrossEntropy}
+    found["dicece"] = attacks.DiceCE
+    key, _, head = name.lower().partition("-")
+    if key not in found or head not in ("", "sigmoid", "softmax"):
+        raise ValueError(f"expected an objective SoftDice, CrossEntropy or DiceCE (with -sigmoid), got {name!r}")
+    return found[key](head=head or "softmax")
