@@ -102,9 +102,22 @@ class Bundle:
     @property
     def class_names(self) -> list[str]:
         """The channels' names from the metadata, background first."""
-        metadata = json.loads((self.root / "configs" / "metadata.json").read_text(encoding="utf-8"))
-        channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+        channels = self._data_format["outputs"]["pred"]["channel_def"]
         return [channels[key] for key in sorted(channels, key=int)]
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels the network takes, from the metadata."""
+        inputs = self._data_format.get("inputs", {})
+        return inputs.get("image", {}).get("num_channels")
+
+    @cached_property
+    def _data_format(self) -> dict[str, Any]:
+        path = self.root / "configs" / "metadata.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"expected metadata.json in {path.parent}, got none: it names the classes")
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["network_data_format"]
+        return found
 
     def cases(self, split: str) -> list[dict[str, Any]]:
         """The data list of ``"validation"`` or ``"training"``; a case that the list repeats appears once."""

@@ -241,6 +241,7 @@ def _prepare(
         network=opened.network,
         inferer=opened.inferer,
         class_names=opened.class_names,
+        channels=opened.channels,
         seed=seed,
         label_free=label_free,
         model=opened.model,

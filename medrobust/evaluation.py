@@ -103,6 +103,7 @@ class Evaluation:
         network: in its checkpoint's state; it is frozen and in evaluation mode meanwhile.
         inferer: what makes logits of a whole volume; it is attacked, and it is what the predictions come from.
         class_names: background first, one per channel of the logits, or two for a single sigmoid channel.
+        channels: how many the network takes; ``None`` leaves that to the network to find out.
         seed: of every attack's generator, the same for each case and condition.
         label_free: attack the model's own clean prediction; Dice then is against that prediction too.
         model: name and hash of the weights, for the records.
@@ -112,6 +113,7 @@ class Evaluation:
     network: nn.Module
     inferer: Inferer | None
     class_names: Sequence[str]
+    channels: int | None = None
     seed: int = 0
     label_free: bool = False
     model: str = ""
@@ -142,6 +144,10 @@ class Evaluation:
         spacing = spacing[: image.ndim - 1] or [1.0] * (image.ndim - 1)
         clean = image.as_subclass(Tensor).to(self.device)[None].float()
         check_image(clean, "the evaluation")
+        if self.channels is not None and clean.shape[1] != self.channels:
+            raise ValueError(
+                f"expected an image of {self.channels} channel(s), got {clean.shape[1]}: a 4-D file holds several volumes"
+            )
         model = bind(self.network, self.inferer).to(self.device)
         pred = self._predict(model, clean)
         if label is None and not self.label_free:

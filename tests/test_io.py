@@ -59,7 +59,7 @@ def test_volumes_of_another_grid_are_refused(tmp_path: Path) -> None:
         load_volume(path, torch.zeros(1, 5, 6, 8), OBLIQUE)
     with pytest.raises(ValueError, match="another affine"):
         load_volume(path, volume(), np.eye(4))
-    with pytest.raises(FileNotFoundError, match="expected the adversarial volume b.nii.gz"):
+    with pytest.raises(FileNotFoundError, match=r"expected the adversarial volume b\.nii\.gz"):
         load_volume(tmp_path / "b.nii.gz", volume(), OBLIQUE)
 
 
