@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class Attack(ABC):
         objective: what the attacker maximises, per case.
         targeted: ``label`` is what the attacker wants to see; the objective is minimised.
     """
+
+    blind: ClassVar[bool] = False
+    """Looks at neither the model nor the label."""
 
     objective: Objective | None = None
     targeted: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class GaussianNoise(Attack):
     Args:
         std: standard deviation, intensity in [0, 1].
     """
+
+    blind: ClassVar[bool] = True
 
     std: float = 8 / 255
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class RandomNoise(Attack):
         eps: radius of the ball; intensity in [0, 1] for ``linf``, Euclidean norm over all voxels for ``l2``.
         norm: which ball.
     """
+
+    blind: ClassVar[bool] = True
 
     eps: float = 8 / 255
     norm: Norm = "linf"

@@ -7,7 +7,6 @@ failed (the others are there), 2 wrong input.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,6 +91,7 @@ def evaluate(
     label_free: LabelFreeArg = False,
     saved: Annotated[Path | None, typer.Option(help="`volumes` folder of an earlier run, evaluated again.")] = None,
     pictures: Annotated[bool, typer.Option(help="One picture per case and attack.")] = True,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS; needs the extra medrobust[lpips].")] = False,
     note: Annotated[list[str] | None, typer.Option(help="A line for the report's notes.")] = None,
 ) -> None:
     """Measure clean and under attack, keep the adversarial volumes, write the report."""
@@ -210,6 +210,7 @@ def _prepare(
     label_free: bool = False,
     saved: Path | None = None,
     pictures: bool = True,
+    lpips: bool = False,
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Everything that can be wrong is found here, before any work is done."""
     from medrobust.parsing import parse_value
@@ -244,6 +245,7 @@ def _prepare(
         channels=opened.channels,
         seed=seed,
         label_free=label_free,
+        lpips=lpips,
         model=opened.model,
         device=opened.device,
     )
@@ -338,4 +340,4 @@ def _escape(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

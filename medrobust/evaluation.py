@@ -17,7 +17,7 @@ from medrobust.attacks.objectives import predict
 from medrobust.attacks.random_noise import RandomNoise
 from medrobust.attacks.vafa import VAFA
 from medrobust.inferers import bind
-from medrobust.metrics import status
+from medrobust.metrics import load, status
 from medrobust.metrics.dice import dice
 from medrobust.metrics.flip_rate import flip_rate
 from medrobust.metrics.hd95 import hd95
@@ -70,9 +70,8 @@ def conditions(attacks: Mapping[str, Attack], protocols: Sequence[str] = (WHOLE,
     """
     found = [CLEAN_CONDITION]
     for name, attack in attacks.items():
-        blind = type(attack).perturb.__module__.endswith("noise")
-        for protocol in protocols[:1] if blind else protocols:
-            found.append(Condition(name=name, attack=attack, protocol=WHOLE if blind else protocol))
+        for protocol in protocols[:1] if attack.blind else protocols:
+            found.append(Condition(name=name, attack=attack, protocol=WHOLE if attack.blind else protocol))
             if isinstance(attack, VAFA) and protocol == WHOLE:
                 coarse = replace(attack, steps=0, q_init=attack.q_max, ssim_weight=0.0)
                 found.append(Condition(name=f"{name} tables only", attack=coarse, protocol=WHOLE))
@@ -106,6 +105,7 @@ class Evaluation:
         channels: how many the network takes; ``None`` leaves that to the network to find out.
         seed: of every attack's generator, the same for each case and condition.
         label_free: attack the model's own clean prediction; Dice then is against that prediction too.
+        lpips: also measure LPIPS, which needs the extra ``medrobust[lpips]``.
         model: name and hash of the weights, for the records.
         device: where the network runs.
     """
@@ -116,6 +116,7 @@ class Evaluation:
     channels: int | None = None
     seed: int = 0
     label_free: bool = False
+    lpips: bool = False
     model: str = ""
     device: torch.device | str = "cpu"
 
@@ -145,9 +146,7 @@ class Evaluation:
         clean = image.as_subclass(Tensor).to(self.device)[None].float()
         check_image(clean, "the evaluation")
         if self.channels is not None and clean.shape[1] != self.channels:
-            raise ValueError(
-                f"expected an image of {self.channels} channel(s), got {clean.shape[1]}: a 4-D file holds several volumes"
-            )
+            raise ValueError(f"expected an image of {self.channels} channel(s), got {clean.shape[1]}: is the file 4-D?")
         model = bind(self.network, self.inferer).to(self.device)
         pred = self._predict(model, clean)
         if label is None and not self.label_free:
@@ -229,7 +228,8 @@ class Evaluation:
             for name, value, word in zip(self.class_names, values, words, strict=True)
         ]
         if attack is not None:
-            measured = {function.__name__: function(image_adv, image) for function in (ssim, psnr, linf, l2)}
+            functions = [ssim, psnr, linf, l2, *([load("lpips")] if self.lpips else [])]
+            measured = {function.__name__: function(image_adv, image) for function in functions}
             measured["flip_rate"] = flip_rate(pred_adv, pred)
             found += [Record(**shared, metric=metric, value=float(value.mean())) for metric, value in measured.items()]
         return found

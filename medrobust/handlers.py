@@ -183,4 +183,4 @@ def with_meta_of(source: Any, image_adv: Tensor) -> Tensor:
     """``image_adv`` with the metadata of ``source``, which may be a plain tensor without any."""
     if not isinstance(source, MetaTensor):
         return image_adv
-    return MetaTensor(image_adv).copy_meta_from(source, copy_attr=False)  # type: ignore[no-any-return]
+    return MetaTensor(image_adv).copy_meta_from(source, copy_attr=False)

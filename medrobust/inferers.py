@@ -18,6 +18,9 @@ from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Index = tuple[Any, ...]
+"""Where something lies in a tensor."""
+
 
 def bind(network: nn.Module, inferer: Inferer | None = None, *args: Any, **kwargs: Any) -> nn.Module:
     """A module ``image (B, C, *S) -> logits (B, K, *S)`` that does what ``inferer(image, network)`` does.
@@ -145,39 +148,39 @@ class WindowModel(nn.Module):
             logits = self._predict(padded, places)
             if total is None:
                 total = logits.new_zeros(padded.shape[0], logits.shape[1], *padded.shape[2:])
-            for window, (case, place) in zip(logits, places, strict=True):
-                total[(case, slice(None), *place)] += window * weight
+            for window, place in zip(logits, places, strict=True):
+                total[place] += window * weight
         assert total is not None
-        return (total / count)[(..., *inner)]
+        return (total / count)[inner]
 
     def _vjp(self, image: Tensor, upstream: Tensor) -> Tensor:
         """Gradient of ``sum(upstream * logits)`` with respect to the image, one batch of windows at a time."""
         padded, inner = self._pad(image)
         weight, count = self._weights(padded)
         spread = upstream.new_zeros(*upstream.shape[:2], *padded.shape[2:])
-        spread[(..., *inner)] = upstream
+        spread[inner] = upstream
         spread /= count
         gradient = torch.zeros_like(padded)
         for places in self._batches(padded):
-            live = [(case, place) for case, place in places if spread[(case, slice(None), *place)].any()]
+            live = [place for place in places if spread[place].any()]
             if not live:
                 continue
             windows = self._cut(padded, live).requires_grad_()
             with torch.enable_grad():
                 logits = self.network(windows, *self.args, **self.kwargs)
-                seen = torch.stack([spread[(case, slice(None), *place)] for case, place in live]) * weight
+                seen = torch.stack([spread[place] for place in live]) * weight
                 (part,) = torch.autograd.grad(logits, windows, seen.to(logits.dtype))
-            for window, (case, place) in zip(part, live, strict=True):
-                gradient[(case, slice(None), *place)] += window
+            for window, place in zip(part, live, strict=True):
+                gradient[place] += window
         if gradient.shape == image.shape:
             return gradient
         if self.padding_mode == "constant":
-            return gradient[(..., *inner)]
+            return gradient[inner]
         with torch.enable_grad():  # repeated voxels hand their gradient back to where they came from
             source = image.detach().requires_grad_()
             return torch.autograd.grad(self._pad(source)[0], source, gradient)[0]
 
-    def _predict(self, padded: Tensor, places: list[tuple[int, tuple[slice, ...]]]) -> Tensor:
+    def _predict(self, padded: Tensor, places: list[Index]) -> Tensor:
         logits = self.network(self._cut(padded, places), *self.args, **self.kwargs)
         if not isinstance(logits, Tensor) or logits.shape[2:] != self._window(padded):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -185,8 +188,8 @@ class WindowModel(nn.Module):
         return logits
 
     @staticmethod
-    def _cut(padded: Tensor, places: list[tuple[int, tuple[slice, ...]]]) -> Tensor:
-        return torch.stack([padded[(case, slice(None), *place)] for case, place in places])
+    def _cut(padded: Tensor, places: list[Index]) -> Tensor:
+        return torch.stack([padded[place] for place in places])
 
     def _window(self, image: Tensor) -> tuple[int, ...]:
         roi = [self.roi_size] * (image.ndim - 2) if isinstance(self.roi_size, int) else list(self.roi_size)
@@ -194,10 +197,10 @@ class WindowModel(nn.Module):
             raise ValueError(f"expected one window size per spatial axis of {tuple(image.shape)}, got {roi}")
         return tuple(r if r and r > 0 else s for r, s in zip(roi, image.shape[2:], strict=True))
 
-    def _pad(self, image: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    def _pad(self, image: Tensor) -> tuple[Tensor, Index]:
         """The image, at least one window large, and where the original lies in it."""
         padding: list[int] = []
-        inner: list[slice] = []
+        inner: list[Any] = []
         for size, roi in zip(reversed(image.shape[2:]), reversed(self._window(image)), strict=True):
             missing = max(roi - size, 0)
             padding += [missing // 2, missing - missing // 2]
@@ -205,14 +208,15 @@ class WindowModel(nn.Module):
         if any(padding):
             cval = {"value": self.cval} if self.padding_mode == "constant" else {}
             image = F.pad(image, padding, mode=self.padding_mode, **cval)
-        return image, tuple(inner)
+        return image, (..., *inner)
 
-    def _batches(self, padded: Tensor) -> Iterator[list[tuple[int, tuple[slice, ...]]]]:
+    def _batches(self, padded: Tensor) -> Iterator[list[Index]]:
         """Windows in MONAI's order, ``sw_batch_size`` at a time."""
         roi, size = self._window(padded), padded.shape[2:]
         overlap = [self.overlap] * len(roi) if isinstance(self.overlap, float | int) else list(self.overlap)
         interval = [r if r == s else max(int(r * (1 - o)), 1) for r, s, o in zip(roi, size, overlap, strict=True)]
-        places = [(case, place) for case in range(padded.shape[0]) for place in dense_patch_slices(size, roi, interval)]
+        slices = dense_patch_slices(size, roi, interval)
+        places: list[Index] = [(case, slice(None), *place) for case in range(padded.shape[0]) for place in slices]
         for start in range(0, len(places), self.sw_batch_size):
             yield places[start : start + self.sw_batch_size]
 
@@ -222,8 +226,8 @@ class WindowModel(nn.Module):
         weight = compute_importance_map(roi, self.mode, self.sigma_scale, padded.device, padded.dtype)
         count = padded.new_zeros(padded.shape[2:])
         for places in self._batches(padded[:1]):
-            for _, place in places:
-                count[place] += weight
+            for place in places:
+                count[place[2:]] += weight
         return weight, count
 
 

@@ -39,7 +39,7 @@ def save_volume(
         ValueError: NaN or infinity in the volume, or an affine that is no invertible 4 x 4 matrix.
     """
     meta = meta or {}
-    array = volume.detach().cpu().numpy().astype(dtype)
+    array: np.ndarray = volume.detach().cpu().numpy().astype(dtype)
     array = array[0] if len(array) == 1 else np.moveaxis(array, 0, -1)
     matrix = np.asarray(affine, dtype=np.float64)
     if not np.isfinite(array).all():

@@ -9,6 +9,7 @@ attack the whole volume through :func:`medrobust.inferers.bind` to measure what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,4 +55,5 @@ def attack_tiles(
         )
         for place, tile_adv in zip(batch, tiles_adv.chunk(len(batch)), strict=True):
             adversarial[(..., *place)] = tile_adv
-    return adversarial[(..., *(slice(s) for s in size))]
+    inner: tuple[Any, ...] = (..., *(slice(s) for s in size))
+    return adversarial[inner]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,4 +46,5 @@ def merge(blocks: Tensor, size: Sequence[int]) -> Tensor:
     order = [0, 1, *(axis for i in range(axes) for axis in (2 + i, 2 + axes + i))]
     padded = [c * b for c, b in zip(counts, block, strict=True)]
     x = blocks.reshape(*blocks.shape[:2], *counts, *block).permute(order).reshape(*blocks.shape[:2], *padded)
-    return x[(..., *(slice(s) for s in size))]
+    inner: tuple[Any, ...] = (..., *(slice(s) for s in size))
+    return x[inner]
