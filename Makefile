@@ -3,7 +3,7 @@
 #   make test   all checks and tests, as the continuous integration runs them
 # Variations: make demo PYTHON=python3.12 PIP_ARGS='--index-url ...' DEMO_ARGS='--help' ; make pytest PYTEST_ARGS='-k pgd'
 
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 PIP_ARGS ?=
 DEMO_ARGS ?=
 PYTEST_ARGS ?=

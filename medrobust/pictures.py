@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -21,6 +21,8 @@ COLOURS = (
 )
 MARKERS = "oDsv^<>Xp*"
 INK, PAPER = "#1b2733", "#ffffff"
+POINTS = (INK, *(colour for colour in COLOURS if colour != "#F0E442"))  # yellow is lost on white paper
+CHANGE = LinearSegmentedColormap.from_list("change", ["#0072B2", PAPER, "#D55E00"])
 
 
 def panel(
@@ -82,10 +84,8 @@ def dice_by_class(dice: Mapping[str, Mapping[str, float]], *, title: str = "") -
     figure = _figure(7.2, 1.0 + 0.3 * len(classes) + 0.2 * ((len(dice) + 2) // 3))
     axes = figure.add_subplot()
     for row, name in enumerate(classes):
-        values = [values[name] for values in dice.values() if name in values]
-        axes.plot(
-            [min(values), max(values)], [row, row], color="#cfd6dd", linewidth=3, solid_capstyle="round", zorder=1
-        )
+        span = [values[name] for values in dice.values() if name in values]
+        axes.plot([min(span), max(span)], [row, row], color="#cfd6dd", linewidth=3, solid_capstyle="round", zorder=1)
     for number, (condition, values) in enumerate(dice.items()):
         rows = [row for row, name in enumerate(classes) if name in values]
         axes.plot(
@@ -94,7 +94,7 @@ def dice_by_class(dice: Mapping[str, Mapping[str, float]], *, title: str = "") -
             linestyle="none",
             marker=MARKERS[number % len(MARKERS)],
             markersize=7,
-            color=INK if number == 0 else COLOURS[(number - 1) % len(COLOURS)],
+            color=POINTS[number % len(POINTS)],
             markeredgecolor=PAPER,
             markeredgewidth=0.8,
             label=condition,
@@ -143,7 +143,7 @@ def _draw(
     grey: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, **view}
     axes[0, 0].imshow(image, **grey)
     axes[0, 1].imshow(image_adv, **grey)
-    axes[0, 2].imshow(change, cmap="PuOr_r", vmin=-(largest or 1), vmax=largest or 1, **view)
+    axes[0, 2].imshow(change, cmap=CHANGE, vmin=-(largest or 1), vmax=largest or 1, **view)
     colours = ListedColormap([COLOURS[(k - 1) % len(COLOURS)] for k in range(1, max(len(class_names), 2))])
     for place, base, classes in zip(axes[1], (image, image, image_adv), (label, pred, pred_adv), strict=True):
         place.imshow(base, **grey)

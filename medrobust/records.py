@@ -4,13 +4,13 @@ import csv
 import io
 import math
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
 import medrobust
+from medrobust.atomic import write_text
 
 CLEAN = "clean"
 BACKGROUND = "background"
@@ -65,17 +65,20 @@ def csv_text(records: Iterable[Record]) -> str:
     """The records as CSV with a header; floats are written so that reading gives the same bits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(COLUMNS)
     for record in records:
         # float() first: numpy's own numbers print with their type's name.
         row = {**dict(zip(COLUMNS, astuple(record), strict=True)), "value": repr(float(record.value))}
-        writer.writerow("" if cell is None else cell for cell in row.values())
+        cells = ["" if cell is None else str(cell) for cell in row.values()]
+        # The csv module reads a bare carriage return as the end of a row, yet does not quote it.
+        (quoting if "\r" in "".join(cells) else writer).writerow(cells)
     return text.getvalue()
 
 
 def write_csv(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
     """Write all records at once: a reader finds the old file or the new one, never half of it."""
-    _replace(Path(path), csv_text(records))
+    write_text(path, csv_text(records))
 
 
 def append(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
@@ -90,7 +93,7 @@ def append(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
         if not before.endswith("\n"):
             raise ValueError(f"expected whole rows in {path}, got a last line cut short; delete that line")
     text = csv_text(records)
-    _replace(path, before + text.split("\n", 1)[1] if before else text)
+    write_text(path, before + text.split("\n", 1)[1] if before else text)
 
 
 def read_csv(path: str | os.PathLike[str]) -> list[Record]:
@@ -100,8 +103,11 @@ def read_csv(path: str | os.PathLike[str]) -> list[Record]:
     """
     path = Path(path)
     rows = csv.reader(io.StringIO(_read(path)))
-    _check_header(next(rows, []), path)
-    return [_record(row, f"{path}, line {rows.line_num}") for row in rows]
+    try:
+        _check_header(next(rows, []), path)
+        return [_record(row, f"{path}, line {rows.line_num}") for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"expected CSV in {path}, line {rows.line_num}: {error}") from error
 
 
 def _record(row: list[str], where: str) -> Record:
@@ -128,20 +134,8 @@ def _check_header(header: list[str], path: Path) -> None:
 
 
 def _read(path: Path) -> str:
-    with path.open(encoding="utf-8", newline="") as file:
-        return file.read()
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected a text file in UTF-8, got something else in {path}; pass records.csv") from error

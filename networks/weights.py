@@ -76,10 +76,9 @@ def load_weights(network: nn.Module, path: str | Path, *, key: str | None = None
     own = network.state_dict()
     unexpected = [name for name in weights if name not in own]
     missing = [name for name in own if name not in weights]
-    dropped, filled = (), ()
-    if isinstance(network, UNETR):
-        dropped = tuple(name for name in unexpected if UNETR_DROPPED.search(name))
-        filled = tuple(name for name in missing if UNETR_FILLED.search(name))
+    known = isinstance(network, UNETR)
+    dropped = tuple(name for name in unexpected if known and UNETR_DROPPED.search(name))
+    filled = tuple(name for name in missing if known and UNETR_FILLED.search(name))
     misfits = [
         f"{name} {tuple(weights[name].shape)} where the network has {tuple(own[name].shape)}"
         for name in own

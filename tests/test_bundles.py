@@ -48,7 +48,7 @@ METADATA = {
     "type": "object",
     "required": [*TEXTS, "copyright", "required_packages_version", "network_data_format", "changelog", "intended_use"],
     "properties": {
-        **dict.fromkeys((*TEXTS, "copyright", "intended_use"), {"type": "string", "minLength": 1}),
+        **{key: {"type": "string", "minLength": 1} for key in (*TEXTS, "copyright", "intended_use")},
         "schema": {"const": "https://project-monai.github.io/schema/meta_schema_20240725.json"},
         "required_packages_version": {"type": "object", "additionalProperties": {"type": "string"}},
         "changelog": {"type": "object", "additionalProperties": {"type": "string"}},
@@ -97,7 +97,7 @@ def run(flow: ConfigWorkflow) -> ConfigWorkflow:
 
 
 def text_numbers(path: Path) -> list[str]:
-    """Scalars of a YAML file that a reader takes for a number and the parser for text, such as ``1e-4`` and ``4/255``."""
+    """Scalars of a YAML file that a reader takes for numbers and the parser for text, such as ``1e-4``, ``4/255``."""
     number = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
     def walk(item: Any) -> Iterator[str]:
@@ -218,8 +218,7 @@ def test_the_btcv_network_has_the_published_size() -> None:
     parser = ConfigParser(yaml.safe_load(Path(configs("btcv_unetr", "train.yaml")[0]).read_text(encoding="utf-8")))
     with torch.device("meta"):
         network = parser.get_parsed_content("network_def")
-    unused = sum(value.numel() for key, value in network.named_parameters() if "norm_cross_attn" in key)
-    assert sum(value.numel() for value in network.parameters()) - unused == 92_784_046
+    assert sum(value.numel() for value in network.parameters()) == 92_802_478
 
 
 def test_export_gives_the_same_network(settings: dict[str, dict[str, Any]], tmp_path: Path) -> None:
@@ -288,6 +287,9 @@ def test_training_takes_a_step_and_saves_what_evaluation_loads(
     assert any(not torch.equal(saved[key], started_from[key]) for key in own)
 
 
+# CT A shows no oesophagus, so that organ's Dice is undefined and its summary over one case is empty.
+@pytest.mark.filterwarnings("ignore:Mean of empty slice:RuntimeWarning", "ignore:.*NaN:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Degrees of freedom:RuntimeWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_and_inference_save_one_segmentation_on_the_scans_own_grid(
     name: str, settings: dict[str, dict[str, Any]], tmp_path: Path
@@ -313,7 +315,7 @@ def test_evaluation_and_inference_save_one_segmentation_on_the_scans_own_grid(
     assert len(np.unique(values)) > 1
 
     with (tmp_path / "evaluation" / "val_mean_dice_raw.csv").open(encoding="utf-8", newline="") as stream:
-        (row,) = csv.DictReader(stream, delimiter="\t")
+        (row,) = csv.DictReader(stream)
     classes = [float(value) for key, value in row.items() if key.startswith("class")]
     assert len(classes) == len(CLASSES[name]) - 1
     assert flow.evaluator.state.metrics["val_mean_dice"] == pytest.approx(np.nanmean(classes), abs=1e-4)
