@@ -226,13 +226,16 @@ def _is_control(attack: str) -> bool:
 
 
 def _labels(groups: Sequence[_Group]) -> list[str]:
-    """Short names for columns, unique: protocol and budget appear where the condition's name alone would not do."""
+    """Short names for columns, unique: protocol and budget appear where they tell two of one name apart."""
     labels = [group.condition for group in groups]
-    for detail in ([group.protocol for group in groups], [group.budget for group in groups], range(1, len(groups) + 1)):
-        twice = {label for label in labels if labels.count(label) > 1}
-        labels = [
-            f"{label}, {more}" if label in twice and more else label for label, more in zip(labels, detail, strict=True)
-        ]
+    for details in (
+        [group.protocol for group in groups],
+        [group.budget for group in groups],
+        [str(number) for number, _ in enumerate(groups, 1)],
+    ):
+        named = list(zip(labels, details, strict=True))
+        apart = {label: len({detail for other, detail in named if other == label}) > 1 for label in labels}
+        labels = [f"{label}, {detail}" if apart[label] and detail else label for label, detail in named]
     return labels
 
 

@@ -64,19 +64,24 @@ class Page(HTMLParser):
         super().__init__()
         self.tables: list[list[list[str]]] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.inside = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag == "table":
+            self.inside = True
             self.tables.append([])
         elif tag == "tr":
             self.tables[-1].append([])
         elif tag in ("td", "th"):
             self.tables[-1][-1].append("")
 
+    def handle_endtag(self, tag: str) -> None:
+        self.inside &= tag != "table"
+
     def handle_data(self, data: str) -> None:
-        if self.tables and self.tables[-1] and self.tables[-1][-1]:
+        if self.inside and self.tables[-1] and self.tables[-1][-1]:
             self.tables[-1][-1][-1] = f"{self.tables[-1][-1][-1]} {data}".strip()
 
 
@@ -223,7 +228,7 @@ def test_names_cannot_break_out() -> None:
     text = markdown(records, title=name, notes=[name])
     outside_code = re.sub(r"`[^`\n]*`", "", text.replace("\\`", ""))
     assert "<img" not in outside_code
-    headline = [line for line in text.splitlines() if line.startswith("| &lt;img")][0]
+    headline = next(line for line in text.splitlines() if line.startswith("| &lt;img"))
     assert len(re.findall(r"(?<!\\)\|", headline)) == 8
 
 

@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import platformdirs
 
+from medrobust.atomic import replacing
+
 
 def cache_folder() -> Path:
     """The user's cache folder for medrobust; the environment variable ``MEDROBUST_CACHE`` overrides it."""
@@ -85,10 +87,8 @@ def extract(archive: Path, members: dict[str, Path]) -> None:
             stream = tar.extractfile(entry) if entry.isreg() else None
             if stream is None:
                 raise RuntimeError(f"expected a regular file {entry.name} in {archive.name}, got another kind of entry")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            partial = place.with_name(place.name + ".partial")
-            partial.write_bytes(stream.read())
-            os.replace(partial, place)
+            with replacing(place) as partial:
+                partial.write_bytes(stream.read())
             del left[entry.name]
     if left:
         raise RuntimeError(f"expected {sorted(left)} in {archive.name}, got an archive without: was it altered?")

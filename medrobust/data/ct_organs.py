@@ -8,7 +8,6 @@ masks are the output of TotalSegmentator, not of a human: numbers against them m
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
+from medrobust.atomic import replacing, write_text
 from medrobust.data.archive import SourceArchive, cache_folder, extract
 
 ARCHIVE = SourceArchive(
@@ -80,7 +80,7 @@ def prepare(target: Path | None = None) -> Path:
         _merge(raw / "example_seg_dicom.nii.gz", target / "ct_b_label.nii.gz", STRUCTURES)
         _copy(raw / "example_mr_sm.nii.gz", target / "mr_d.nii.gz")
         _merge(raw / "example_seg_mr.nii.gz", target / "mr_d_label.nii.gz", MR_STRUCTURES)
-    _write_json(target / "dataset.json", _dataset())
+    write_text(target / "dataset.json", json.dumps(_dataset(), indent=2) + "\n")
     return target
 
 
@@ -143,20 +143,12 @@ def _read_series(series: Path, target: Path) -> None:
     volume = reader.Execute()
     for key in volume.GetMetaDataKeys():
         volume.EraseMetaData(key)
-    partial = target.with_name(f".partial-{target.name}")
-    sitk.WriteImage(sitk.Cast(volume, sitk.sitkInt16), str(partial))
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        sitk.WriteImage(sitk.Cast(volume, sitk.sitkInt16), str(partial))
 
 
 def _write(array: np.ndarray, affine: np.ndarray, target: Path, dtype: type) -> None:
     image = nib.Nifti1Image(np.ascontiguousarray(array, dtype=dtype), affine)
     image.header.set_xyzt_units("mm")
-    partial = target.with_name(f".partial-{target.name}")
-    nib.save(image, partial)
-    os.replace(partial, target)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(target) as partial:
+        nib.save(image, partial)
