@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
@@ -74,7 +75,7 @@ class Run:
             try:
                 self._case(name, paths, wanted, done, progress)
             except (ValueError, TypeError, OSError, RuntimeError) as error:
-                self.failures[name] = reason(error)
+                self.failures[name] = reason(error, [str(path) for path in paths.values()])
                 progress(name, f"failed: {self.failures[name]}")
         self._write_failures()
 
@@ -202,11 +203,17 @@ def saved_conditions(folder: Path) -> list[Condition]:
     return [CLEAN_CONDITION, *(Condition(name=n, protocol=p, attack=attack) for (n, p), attack in found.items())]
 
 
-def reason(error: BaseException) -> str:
-    """The first line of what went wrong; MONAI wraps the cause in layers of its own."""
+def reason(error: BaseException, paths: Iterable[str] = ()) -> str:
+    """The first line of what went wrong, without the folders of ``paths``: those may name a patient.
+
+    MONAI wraps the cause in layers of its own; the innermost is the one that says something.
+    """
     while error.__cause__ is not None and "applying transform" in str(error):
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for path in paths:
+        text = text.replace(str(Path(path).parent) + os.sep, "")
+    return text
 
 
 def _rows(table: Path) -> list[list[str]]:

@@ -99,6 +99,16 @@ def test_what_is_no_file_of_records_says_why(tmp_path: Path, content: str, messa
         read_csv(path)
 
 
+def test_what_is_no_text_at_all_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "volume.nii.gz"
+    path.write_bytes(b"\x1f\x8b\xff\xfe")
+    with pytest.raises(ValueError, match="expected a text file in UTF-8"):
+        read_csv(path)
+    path.write_bytes(csv_text([one(case="a")]).replace("a,", "a\rb,").encode())
+    with pytest.raises(ValueError, match=r"expected CSV in .*, line \d"):
+        read_csv(path)
+
+
 def test_append_refuses_a_foreign_or_cut_file(tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")

@@ -14,7 +14,8 @@ import pytest
 
 from medrobust.pictures import panel
 from medrobust.records import Record, csv_text, write_csv
-from medrobust.report import budget, html, markdown
+from medrobust.report import html, markdown
+from medrobust.tables import budget
 
 PGD = "PGD(objective=SoftDice(head='softmax'), eps=0.03137254901960784, norm='linf', steps=20, step_size=0.1)"
 VAFA = "VAFA(objective=SoftDice(head='softmax'), q_max=20.0, q_min=1.0, q_init=20.0, steps=20, ssim_weight=1.0)"

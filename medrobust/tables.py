@@ -1,0 +1,354 @@
+"""What a report says: records turned into the lines and cells of its tables, written out as text."""
+
+import hashlib
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from medrobust.records import CLEAN, Record, csv_text
+from medrobust.statistics import Interval, is_foreground, mean_interval, paired_drop, per_case, worst_case
+
+HEADS = {
+    "dice": "Dice",
+    "hd95": "HD95, mm",
+    "ssim": "SSIM",
+    "psnr": "PSNR, dB",
+    "linf": "L∞",
+    "flip_rate": "Flipped",
+    "l2": "L2",
+    "lpips": "LPIPS",
+    "dice_as_published": "Dice, as published",
+    "hd95_as_published": "HD95 in voxels, as published",
+}
+HEADLINE = tuple(HEADS)[:6]
+BOOTSTRAP_SEED = 0
+
+
+def budget(attacks: Iterable[str]) -> str:
+    """What the attacker may do, read from the ``repr`` of attacks, as in "L∞ 8/255, 20 steps" or "q_max 20".
+
+    Several budgets of one kind, such as noise matched to each case, give a range.
+    """
+    found = [_budget(attack) for attack in attacks if attack]
+    if not found:
+        return ""
+    kinds = {(kind, unit, rest) for kind, unit, _, rest in found}
+    if len(kinds) > 1:
+        return "mixed, see provenance"
+    ((kind, unit, rest),) = kinds
+    low, high = (f"{pick(size for _, _, size, _ in found):.3g}" for pick in (min, max))
+    size = "" if low == "nan" else f" {low}{unit}" if low == high else f" {low} to {high}{unit}"
+    return ", ".join(part for part in (f"{kind}{size}", rest) if part)
+
+
+def _budget(attack: str) -> tuple[str, str, float, str]:
+    """Kind, unit, size and steps."""
+
+    def setting(name: str) -> str | None:
+        match = re.search(rf"\b{name}='?([^,()']+)", attack)
+        return match and match[1]
+
+    count = setting("steps")
+    steps = "" if count is None else "1 step" if count == "1" else f"{count} steps"
+    norm = {"linf": "L∞", "l2": "L2"}.get(setting("norm") or "linf", "eps")
+    for name, kind, unit, factor in (
+        ("eps", norm, "/255" if norm == "L∞" else "", 255 if norm == "L∞" else 1),
+        ("std", "std", "/255", 255),
+        ("q_max", "q_max", "", 1),
+    ):
+        try:
+            return kind, unit, float(setting(name) or "") * factor, steps
+        except ValueError:
+            continue
+    return "", "", math.nan, steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """The rows of one line of the tables."""
+
+    condition: str
+    protocol: str
+    control: bool
+    rows: Sequence[Record]
+
+    def of(self, metric: str) -> list[Record]:
+        return [row for row in self.rows if row.metric == metric]
+
+    def values(self, metric: str) -> dict[str, float]:
+        return per_case(self.of(metric))
+
+    @property
+    def attacks(self) -> list[str]:
+        return _unique(row.attack for row in self.rows)
+
+    @property
+    def budget(self) -> str:
+        return budget(self.attacks)
+
+    def pairs(self, *status: str) -> int:
+        """How many structures, case by case, have this status."""
+        return len({(r.case, r.class_name) for r in self.of("dice") if is_foreground(r) and r.status in status})
+
+
+def contents(
+    records: list[Record], title: str, notes: Sequence[str], controls: Collection[str] | None
+) -> dict[str, Any]:
+    """All that the templates show, as text. Raises ValueError for no records."""
+    if not records:
+        raise ValueError("expected at least one record, got none; evaluate a case first")
+    models = [
+        _model(name, [record for record in records if record.model == name], controls)
+        for name in _unique(record.model for record in records)
+    ]
+    return {
+        "title": title,
+        "models": models,
+        "notes": [*notes, *_notes(records)],
+        "provenance": {
+            "Cases": str(len(_unique(record.case for record in records))),
+            "Model": "; ".join(filter(None, _unique(record.model for record in records))) or "not recorded",
+            "Seeds": ", ".join(_unique(str(r.seed) for r in records if r.seed is not None)) or "not recorded",
+            "Versions": " / ".join(filter(None, _unique(record.versions for record in records))) or "not recorded",
+            "Records": f"{len(records)} rows, sha256 {hashlib.sha256(csv_text(records).encode()).hexdigest()}",
+        },
+        "attacks": _attacks(records),
+    }
+
+
+def _model(name: str, records: list[Record], controls: Collection[str] | None) -> dict[str, Any]:
+    groups = _groups(records, controls)
+    clean = next((group for group in groups if group.condition == CLEAN), None)
+    baseline = clean.values("dice") if clean else {}
+    attacked = [group for group in groups if group.condition != CLEAN and not group.control]
+    lines = [_line(group, baseline) for group in groups]
+    if len(attacked) > 1 and (worst := _worst(attacked, baseline)):
+        lines.append(worst)
+    labels = _labels(groups)
+    classes = _unique(row.class_name for row in records if row.metric == "dice" and is_foreground(row))
+    other = [metric for metric in _unique(row.metric for row in records) if metric not in HEADLINE]
+    return {
+        "name": name,
+        "verdict": _verdict(clean, attacked),
+        "lines": lines,
+        "columns": [metric for metric in HEADLINE if any(row.metric == metric for row in records)],
+        "labels": labels,
+        "organs": [{"name": organ, "cells": [_cell(group, organ) for group in groups]} for organ in classes],
+        "means": {
+            label: {organ: value for organ in classes if (value := _organ(group, organ)) is not None}
+            for label, group in zip(labels, groups, strict=True)
+        },
+        "protocols": _protocols(attacked),
+        "other": other,
+        "others": [
+            {"label": label, "cells": [_number(group.values(metric), ".4g") for metric in other]}
+            for label, group in zip(labels, groups, strict=True)
+            if any(group.of(metric) for metric in other)
+        ],
+    }
+
+
+def _groups(records: list[Record], controls: Collection[str] | None) -> list[_Group]:
+    """Clean first, then conditions in the order they appear; one line for each protocol and each budget."""
+    together: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        together.setdefault((record.condition, record.protocol), []).append(record)
+    found = []
+    for (condition, protocol), rows in together.items():
+        # Noise matched to each case has another eps in each, and is one line. Two budgets on one case are two lines.
+        attacks = _unique(row.attack for row in rows)
+        split = len({(row.case, row.attack) for row in rows}) > len({row.case for row in rows})
+        for part in [[row for row in rows if row.attack == attack] for attack in attacks] if split else [rows]:
+            control = _is_control(part[0].attack) if controls is None else condition in controls
+            found.append(_Group(condition=condition, protocol=protocol, control=control, rows=part))
+    return sorted(found, key=lambda group: group.condition != CLEAN)
+
+
+def _is_control(attack: str) -> bool:
+    return bool(re.match(r"\w*Noise\(", attack) or re.search(r"\bsteps=0\b", attack))
+
+
+def _labels(groups: Sequence[_Group]) -> list[str]:
+    """Short names for columns, unique: protocol and budget appear where they tell two of one name apart."""
+    labels = [group.condition for group in groups]
+    for details in (
+        [group.protocol for group in groups],
+        [group.budget for group in groups],
+        [str(number) for number, _ in enumerate(groups, 1)],
+    ):
+        named = list(zip(labels, details, strict=True))
+        apart = {label: len({detail for other, detail in named if other == label}) > 1 for label in labels}
+        labels = [f"{label}, {detail}" if apart[label] and detail else label for label, detail in named]
+    return labels
+
+
+def _line(group: _Group, baseline: Mapping[str, float]) -> dict[str, Any]:
+    dice = group.values("dice")
+    linf = group.values("linf")
+    shared = [case for case in dice if case in baseline]
+    present, missed = group.pairs("ok", "missed"), group.pairs("missed")
+    return {
+        "condition": group.condition,
+        "protocol": group.protocol,
+        "budget": group.budget,
+        "control": group.control,
+        "clean": group.condition == CLEAN,
+        "cases": len(_unique(row.case for row in group.rows)),
+        "dice": _interval(dice),
+        "drop": _drop(baseline, dice) if shared and group.condition != CLEAN else None,
+        "hd95": _number(group.values("hd95"), ".1f"),
+        "missed": f"{missed} of {present}" if present else "–",
+        "ssim": _number(group.values("ssim"), ".4f"),
+        "psnr": _number(group.values("psnr"), ".1f"),
+        "linf": f"{max(linf.values()) * 255:.3g}/255" if linf else "–",
+        "flip_rate": _number(group.values("flip_rate"), ".2%"),
+    }
+
+
+def _worst(attacked: Sequence[_Group], baseline: Mapping[str, float]) -> dict[str, Any] | None:
+    """The line of an attacker who picks the best attack for every case, each metric by itself."""
+    dice = worst_case([group.values("dice") for group in attacked])
+    if not dice:
+        return None
+    hd95 = worst_case([group.values("hd95") for group in attacked], higher_is_better=False)
+    return {
+        "condition": "worst of all, case by case",
+        "protocol": "",
+        "budget": "",
+        "control": False,
+        "clean": False,
+        "cases": len(dice),
+        "dice": _interval(dice),
+        "drop": _drop(baseline, dice) if any(case in baseline for case in dice) else None,
+        "hd95": _number(hd95, ".1f"),
+        **dict.fromkeys(("missed", "ssim", "psnr", "linf", "flip_rate"), "–"),
+    }
+
+
+def _verdict(clean: _Group | None, attacked: Sequence[_Group]) -> dict[str, str] | None:
+    """What the reader should take away if he reads nothing else."""
+    scored = [(np.mean(list(values.values())), group) for group in attacked if (values := group.values("dice"))]
+    if clean is None or not clean.values("dice") or not scored:
+        return None
+    lowest, group = min(scored, key=lambda pair: pair[0])
+    return {
+        "clean": f"{np.mean(list(clean.values('dice').values())):.3f}",
+        "worst": f"{lowest:.3f}",
+        "by": ", ".join(filter(None, (group.condition, group.protocol, group.budget))),
+        "missed": str(group.pairs("missed")),
+        "present": str(group.pairs("ok", "missed")),
+        "cases": str(len(clean.values("dice"))),
+    }
+
+
+def _organ(group: _Group, organ: str) -> float | None:
+    values = per_case(row for row in group.of("dice") if row.class_name == organ)
+    return math.fsum(values.values()) / len(values) if values else None
+
+
+def _cell(group: _Group, organ: str) -> dict[str, Any]:
+    value = _organ(group, organ)
+    rows = [row for row in group.of("dice") if row.class_name == organ]
+    words = {
+        word: len({row.case for row in rows if row.status == word}) for word in ("both empty", "missed", "invented")
+    }
+    return {
+        "text": "–" if value is None else f"{value:.3f}",
+        "shade": "" if value is None else _shade(value),
+        "note": ", ".join(f"{count} {word}" for word, count in words.items() if count),
+    }
+
+
+def _shade(dice: float) -> str:
+    """Paper at Dice 1, deep orange at 0: what is coloured is what is lost, and ink stays readable on it."""
+    lost = min(max(1 - dice, 0.0), 1.0)
+    return "#" + "".join(f"{round(255 + (deep - 255) * lost):02x}" for deep in (0xF0, 0x8A, 0x3C))
+
+
+def _protocols(attacked: Sequence[_Group]) -> list[dict[str, Any]]:
+    """The same attack through tiles and through the whole volume."""
+    lines = []
+    for tiles in (group for group in attacked if group.protocol == "tiles"):
+        for whole in (group for group in attacked if group.protocol == "whole volume"):
+            if (tiles.condition, tiles.budget) != (whole.condition, whole.budget):
+                continue
+            a, b = tiles.values("dice"), whole.values("dice")
+            if any(case in b for case in a):
+                row = {"condition": tiles.condition, "budget": tiles.budget, "tiles": _interval(a)}
+                lines.append({**row, "whole": _interval(b), "gap": _drop(a, b)})
+    return lines
+
+
+def _attacks(records: list[Record]) -> list[dict[str, Any]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record.attack:
+            found.setdefault((record.condition, record.protocol), []).append(record.attack)
+    return [{"name": ", ".join(filter(None, key)), "settings": _unique(attacks)} for key, attacks in found.items()]
+
+
+def _notes(records: list[Record]) -> list[str]:
+    """What every report says, so that nobody has to ask."""
+    dice = [record for record in records if record.metric == "dice" and is_foreground(record)]
+    counted = {word: sum(record.status == word for record in dice) for word in ("both empty", "missed", "invented")}
+    notes = [
+        "Empty structures. Where neither reference nor prediction holds a structure, Dice is 1 and the distance 0 "
+        f"({counted['both empty']} of {len(dice)} Dice values here). Where one of them alone does, Dice is 0 and the "
+        f"distance is the diagonal of the image: missed, in the reference alone ({counted['missed']}); invented, in "
+        f"the prediction alone ({counted['invented']}). No value is left out of a mean.",
+        "Means are over the foreground classes of a case first, then over cases; the background is in none of them. "
+        "HD95 is in mm. L∞ is the largest change of any voxel in any case, for intensities from 0 to 1. Flipped is the "
+        "share of voxels whose predicted class differs from the one on the clean image.",
+    ]
+    cases = len({record.case for record in records})
+    if cases < 2:
+        notes.append("There is one case, so no interval is given: nothing here says how cases differ.")
+    else:
+        notes.append(
+            "Brackets are 95 % BCa bootstrap intervals of the mean over cases (9999 resamples, seed "
+            f"{BOOTSTRAP_SEED}); the drop is paired case by case."
+            + (f" With {cases} cases they are rough, and tend to be too narrow." if cases < 10 else "")
+        )
+    notes.append(
+        "An attack that fails shows that this attack fails, not that the model is safe. This is research evidence, "
+        "not a clearance for clinical use."
+    )
+    return notes
+
+
+def _interval(values: Mapping[str, float]) -> dict[str, str] | None:
+    return _written(mean_interval(values.values(), _rng())) if values else None
+
+
+def _drop(clean: Mapping[str, float], condition: Mapping[str, float]) -> dict[str, str]:
+    return _written(paired_drop(clean, condition, _rng()))
+
+
+def _written(interval: Interval) -> dict[str, str]:
+    def number(value: float) -> str:
+        return f"{round(value, 3) + 0.0:.3f}"  # no minus before a zero
+
+    if interval.low is None or interval.high is None:
+        return {"mean": number(interval.mean), "range": ""}
+    return {"mean": number(interval.mean), "range": f"[{number(interval.low)}, {number(interval.high)}]"}
+
+
+def _number(values: Mapping[str, float], form: str) -> str:
+    """The mean over cases, or a dash; one identical image makes a mean PSNR infinite, and that is shown."""
+    if not values:
+        return "–"
+    mean = float(np.mean(list(values.values())))
+    return format(mean, form) if math.isfinite(mean) else "∞"
+
+
+def _rng() -> np.random.Generator:
+    # Fresh for each interval, so that one more condition in the records moves no other interval.
+    return np.random.default_rng(BOOTSTRAP_SEED)
+
+
+def _unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
