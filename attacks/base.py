@@ -63,7 +63,8 @@ class Attack(ABC):
 
         Args:
             model: ``model(image) -> logits (B, K, *S)``. A module is put into evaluation mode and its parameters are
-                frozen meanwhile; both come back as they were, whatever happens.
+                frozen meanwhile; both come back as they were, whatever happens. Of any other callable that is the
+                caller's business: bind a network and its inferer with ``medrobust.inferers.bind``.
             image: (B, C, H, W) or (B, C, H, W, D), intensities in [0, 1]. Metadata is stripped, not carried over.
             label: (B, 1, *S) classes, or (B, K, *S) for overlapping sigmoid channels. ``None``: the model's own
                 prediction on the clean image, so that no annotation is needed.
@@ -77,6 +78,8 @@ class Attack(ABC):
         """
         image, label = _plain(image), None if label is None else _plain(label)
         check_image(image, type(self).__name__)
+        if self.targeted and label is None:
+            raise ValueError(f"{type(self).__name__} expected a label to aim at, got none: targeted needs one")
         with frozen(model), torch.inference_mode(False), torch.enable_grad():
             image = image.detach().clone().to(torch.promote_types(image.dtype, torch.float32))
             if label is None:
@@ -88,8 +91,14 @@ class Attack(ABC):
             return self.threat.project(image_adv, image).detach()
 
     def score(self, model: Model, image: Tensor, label: Tensor) -> Tensor:
-        """What the attacker maximises, (B,): the objective, or its negative when targeted."""
+        """What the attacker maximises, (B,): the objective, or its negative when targeted.
+
+        Raises:
+            ValueError: it is not finite; no attack could tell a better image from a worse one.
+        """
         value: Tensor = self.setting("objective")(model(image), label)
+        if not torch.isfinite(value).all():
+            raise ValueError(f"expected finite objectives, got {value.tolist()}: does the model give NaN or infinity?")
         return -value if self.targeted else value
 
     def gradient(self, model: Model, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,9 @@ class FGSM(Attack):
     eps: float = 8 / 255
     norm: Norm = "linf"
 
+    def __post_init__(self) -> None:
+        ball(self.norm, self.eps)
+
     @property
     def threat(self) -> ThreatModel:
         return ball(self.norm, self.eps)

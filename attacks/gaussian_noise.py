@@ -24,6 +24,10 @@ class GaussianNoise(Attack):
 
     std: float = 8 / 255
 
+    def __post_init__(self) -> None:
+        if not self.std >= 0:
+            raise ValueError(f"expected std >= 0, got {self.std}")
+
     @property
     def threat(self) -> IntensityRange:
         return IntensityRange()

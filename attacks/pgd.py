@@ -36,8 +36,9 @@ class PGD(Attack):
     keep_best: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.restarts < 1:
-            raise ValueError(f"expected steps and restarts of at least 1, got {self.steps} and {self.restarts}")
+        ball(self.norm, self.eps)
+        if not all(isinstance(count, int) and count >= 1 for count in (self.steps, self.restarts)):
+            raise ValueError(f"expected whole steps and restarts of at least 1, got {self.steps} and {self.restarts}")
         if self.restarts > 1 and not (self.random_start and self.keep_best):
             raise ValueError(
                 f"expected random_start and keep_best with restarts={self.restarts}: else all runs are alike"

@@ -64,7 +64,9 @@ class BlockRMSBall:
 
     This is the bound that quantisation obeys: rounding an orthonormal DCT coefficient to a multiple of q moves it by
     at most q / 2, so a block of n voxels moves by at most sqrt(n) q / 2 in Euclidean norm, that is q / 2 in root mean
-    square. ``block`` names the trailing axes' block sizes; with fewer sizes than spatial axes (slices of a volume),
+    square. A block that the image's edge cuts has the bound of a whole one.
+
+    ``block`` names the trailing axes' block sizes; with fewer sizes than spatial axes (slices of a volume),
     the remaining axis, the last, is not cut.
     """
 

@@ -20,12 +20,17 @@ from torch import nn
 from medrobust.networks.weights import load_weights
 from medrobust.parsing import check_name
 
-CONFIGS = ("configs/train.yaml", "configs/evaluate.yaml")
+CONFIGS = ("train", "evaluate")
+ENDINGS = (".yaml", ".yml", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle folder with its training and evaluation configurations, and overrides on top.
+    """A bundle folder with ``configs/train`` and, on top of it, ``configs/evaluate`` (YAML or JSON), and overrides.
+
+    What is read of it are the ids ``network_def``, ``ckpt_path``, ``device``, ``validate#inferer``,
+    ``validate#preprocessing``, ``validate#dataset#data`` and ``train#dataset#data``, as bundles of MONAI's model zoo
+    have them, and the names of the classes in ``metadata.json``.
 
     Args:
         root: the bundle's folder.
@@ -45,9 +50,10 @@ class Bundle:
             FileNotFoundError: no such bundle.
             ValueError: an override of something that does not exist.
         """
-        files = [self.root / name for name in CONFIGS if (self.root / name).is_file()]
+        named = [self.root / "configs" / f"{name}{ending}" for name in CONFIGS for ending in ENDINGS]
+        files = [file for file in named if file.is_file()]
         if not files:
-            raise FileNotFoundError(f"expected a MONAI bundle with {CONFIGS[0]} in {self.root}, got none there")
+            raise FileNotFoundError(f"expected a MONAI bundle with configs/train.yaml in {self.root}, got none there")
         parser = ConfigParser()
         parser.read_config([str(file) for file in files])
         parser["bundle_root"] = str(self.root)
@@ -57,13 +63,29 @@ class Bundle:
             parser[key] = value
         return parser
 
+    def _get(self, name: str) -> Any:
+        """What a configuration id stands for; MONAI's layers around an error are taken off.
+
+        Raises:
+            ValueError: there is no such id, or it cannot be built.
+        """
+        if name not in self.parser:
+            raise ValueError(f"expected the id {name} in the configuration of {self.root.name}, got none")
+        try:
+            return self.parser.get_parsed_content(name)
+        except Exception as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ValueError(f"expected {name} of {self.root.name} to be built, got: {cause}") from error
+
     @cached_property
     def device(self) -> torch.device:
-        return torch.device(self.parser.get_parsed_content("device"))
+        return torch.device(self._get("device"))
 
     @property
     def weights_path(self) -> Path:
-        return self.weights or Path(self.parser.get_parsed_content("ckpt_path"))
+        return self.weights or Path(self._get("ckpt_path"))
 
     @cached_property
     def network(self) -> nn.Module:
@@ -75,7 +97,7 @@ class Bundle:
         """
         if not self.weights_path.is_file():
             raise FileNotFoundError(f"expected weights in {self.weights_path}, got no such file: pass --weights")
-        network: nn.Module = self.parser.get_parsed_content("network_def")
+        network: nn.Module = self._get("network_def")
         load_weights(network, self.weights_path)
         return network.to(self.device).eval()
 
@@ -87,13 +109,13 @@ class Bundle:
 
     @cached_property
     def inferer(self) -> Inferer:
-        inferer: Inferer = self.parser.get_parsed_content("validate#inferer")
+        inferer: Inferer = self._get("validate#inferer")
         return inferer
 
     @cached_property
     def preprocessing(self) -> Compose:
         """The evaluation transforms, which also take a case without a label."""
-        compose: Compose = self.parser.get_parsed_content("validate#preprocessing")
+        compose: Compose = self._get("validate#preprocessing")
         for transform in compose.flatten().transforms:
             if isinstance(transform, MapTransform):
                 transform.allow_missing_keys = True
@@ -102,7 +124,9 @@ class Bundle:
     @property
     def class_names(self) -> list[str]:
         """The channels' names from the metadata, background first."""
-        channels = self._data_format["outputs"]["pred"]["channel_def"]
+        channels = self._data_format.get("outputs", {}).get("pred", {}).get("channel_def")
+        if not channels:
+            raise ValueError(f"expected outputs#pred#channel_def in metadata.json of {self.root.name}, got none")
         return [channels[key] for key in sorted(channels, key=int)]
 
     @property
@@ -124,7 +148,7 @@ class Bundle:
         where = {"validation": "validate#dataset#data", "training": "train#dataset#data"}
         if split not in where:
             raise ValueError(f"expected a split 'validation' or 'training', got {split!r}")
-        found: list[Mapping[str, Any]] = self.parser.get_parsed_content(where[split])
+        found: list[Mapping[str, Any]] = self._get(where[split])
         unique = {str(case["image"]): {key: case[key] for key in ("image", "label") if key in case} for case in found}
         return list(unique.values())
 

@@ -99,7 +99,7 @@ def evaluate(
         settings = {key: value for key, value in locals().items() if key != "note"}
         run, cases = _prepare(**settings)
         _go(run, cases)
-        _report(run.folder, run.folder, note or [], run.failures)
+        _report(run.records_path, run.folder, note or [])
 
 
 @app.command()
@@ -110,8 +110,8 @@ def report(
 ) -> None:
     """Write report.html and report.md from records (and pictures, where a run has them)."""
     with told():
-        folder = records if records.is_dir() else records.parent
-        _report(folder, output or folder, note or [], {})
+        path = records / "records.csv" if records.is_dir() else records
+        _report(path, output or path.parent, note or [])
 
 
 @app.command()
@@ -154,8 +154,6 @@ def demo(
     bundle: BundleArg = Path("bundles/ct_organs_unetr"),
 ) -> None:
     """Attack a trained UNETR on a real CT exam: table, adversarial volumes, report."""
-    import shutil
-
     with told():
         from medrobust.data import ct_organs
 
@@ -163,17 +161,16 @@ def demo(
             raise FileNotFoundError(f"expected the bundle in {bundle}, got no such folder: run in the project's root")
         with out.status("fetching the CT exams (38 MB, once)"):
             ct_organs.prepare()
-        if (output / "records.csv").is_file():
-            shutil.rmtree(output)
-        attacks = ["noise: random_noise eps=8/255", "gaussian_noise std=8/255", "fgsm eps=8/255", "bim eps=8/255"]
+        _clear_demo(output)
+        attacks = ["gaussian_noise std=8/255", "fgsm eps=8/255", "bim eps=8/255"]
         attacks += ["pgd eps=8/255 steps=20", "vafa2d q_max=20", "vafa q_max=20"]
-        run, cases = _prepare(bundle=bundle, output=output, attack=attacks, protocol="both")
+        run, cases = _prepare(bundle=bundle, output=output, attack=attacks, protocol="both", purpose=DEMO)
         _go(run, cases)
         notes = [
             "Trained on one CT exam (CT A), evaluated on another (CT B: contrast agent, arms down).",
             "The reference masks come from TotalSegmentator, not from a human: Dice is agreement with that model.",
         ]
-        _report(run.folder, run.folder, notes, run.failures)
+        _report(run.records_path, run.folder, notes)
 
 
 def main() -> None:
@@ -186,7 +183,7 @@ def told() -> Iterator[None]:
     """Wrong input ends in one line and exit code 2; our own mistakes keep their traceback."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, PermissionError, IsADirectoryError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         from medrobust.run import reason
 
         err.print(f"[bold red]error:[/] {_escape(reason(error))}", highlight=False, soft_wrap=True)
@@ -211,6 +208,7 @@ def _prepare(
     saved: Path | None = None,
     pictures: bool = True,
     lpips: bool = False,
+    purpose: str = "",
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Everything that can be wrong is found here, before any work is done."""
     from medrobust.parsing import parse_value
@@ -223,6 +221,10 @@ def _prepare(
         if not equals:
             raise ValueError(f"expected --set id=value, got {word!r}")
         overrides[name] = parse_value(value)
+    if named and saved is not None:
+        raise ValueError("expected either --attack or --saved, got both")
+    if label is not None and image is None:
+        raise ValueError("expected --image with --label, got --label alone")
     if not named and saved is None:
         raise ValueError("expected at least one --attack (see `medrobust list`) or --saved, got none")
 
@@ -256,6 +258,7 @@ def _prepare(
         preprocessing=opened.preprocessing,
         pictures=pictures,
         saved=saved,
+        settings={"bundle": bundle.resolve().name, "overrides": overrides, "purpose": purpose},
     )
     return run, cases
 
@@ -292,7 +295,7 @@ def _go(run: Run, cases: Sequence[Mapping[str, Any]]) -> None:
     """Evaluate with a progress bar; failed cases are named at the end and turn the exit code to 1 later."""
     from medrobust.run import case_names
 
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
     columns.append(TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True) as bar:
         task = bar.add_task("starting", total=len(case_names(cases)) * len(run.conditions))
@@ -302,28 +305,30 @@ def _go(run: Run, cases: Sequence[Mapping[str, Any]]) -> None:
             if what != "reading":
                 bar.advance(task)
             if not out.is_terminal:
-                out.print(f"{case}: {what}", highlight=False)
+                out.print(f"{case}: {what}", highlight=False, markup=False)
 
         run.evaluate(cases, progress)
     for case, why in run.failures.items():
-        err.print(f"[yellow]case {case} failed:[/] {_escape(why)}", highlight=False, soft_wrap=True)
+        err.print(f"[yellow]case {_escape(case)} failed:[/] {_escape(why)}", highlight=False, soft_wrap=True)
 
 
-def _report(folder: Path, target: Path, notes: Sequence[str], failures: Mapping[str, str]) -> None:
+def _report(path: Path, target: Path, notes: Sequence[str]) -> None:
+    """Write the report of a run's records; exit with 1 where cases failed."""
     from rich.markdown import Markdown
 
     from medrobust.atomic import write_text
     from medrobust.records import read_csv
     from medrobust.report import html, markdown
+    from medrobust.run import read_failures
 
-    path = folder / "records.csv"
+    failures = read_failures(path.parent)
     if not path.is_file():
         if failures:
             raise typer.Exit(1)
-        raise FileNotFoundError(f"expected records.csv in {folder}, got none: run `medrobust evaluate` first")
+        raise FileNotFoundError(f"expected records in {path}, got none: run `medrobust evaluate` first")
     records = read_csv(path)
-    notes = [*notes, *(f"Case {case} failed and is in no number: {why}" for case, why in failures.items())]
-    pictures = sorted((folder / "pictures").glob("*.png"))
+    notes = [*notes, *(f"Case {case} failed; what it lacks is in no number: {why}" for case, why in failures.items())]
+    pictures = sorted((path.parent / "pictures").glob("*.png"), key=lambda picture: picture.stat().st_mtime_ns)
     summary = markdown(records, notes=notes)
     write_text(target / "report.md", summary)
     write_text(target / "report.html", html(records, pictures, notes=notes))
@@ -331,6 +336,29 @@ def _report(folder: Path, target: Path, notes: Sequence[str], failures: Mapping[
     out.print(f"\nreport: {target / 'report.html'}", highlight=False, soft_wrap=True)
     if failures:
         raise typer.Exit(1)
+
+
+DEMO = "demo"
+
+
+def _clear_demo(folder: Path) -> None:
+    """Make room for a new demo; anything that is not a demo's is left alone.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    import json
+    import shutil
+
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    path = folder / "run.json"
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["shared"].get("purpose") != DEMO:
+        raise ValueError(f"expected a new folder or that of an earlier demo, got {folder}: choose another --output")
+    for name in ("run.json", "records.csv", "failures.csv", "report.html", "report.md"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("volumes", "pictures"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _escape(text: str) -> str:

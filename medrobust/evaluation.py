@@ -12,7 +12,7 @@ from monai.inferers import Inferer, SlidingWindowInferer
 from nibabel.affines import voxel_sizes
 from torch import Tensor, nn
 
-from medrobust.attacks.base import Attack, check_image, frozen
+from medrobust.attacks.base import Attack, check_image, check_label_grid, frozen
 from medrobust.attacks.objectives import predict
 from medrobust.attacks.random_noise import RandomNoise
 from medrobust.attacks.vafa import VAFA
@@ -36,6 +36,7 @@ class Recorded:
     """An attack that was run earlier and whose volumes are read back: only what it called itself is left."""
 
     text: str
+    seed: int | None = None
 
     def __repr__(self) -> str:
         return self.text
@@ -49,35 +50,59 @@ class Condition:
         name: short, unique together with ``protocol``.
         attack: ``None`` for the clean image.
         protocol: ``"whole volume"`` through the inferer, or ``"tiles"`` one by one.
-        match: draw noise with the L2 norm that the condition of this name had on the same case.
+        match: draw noise with the L2 norm that the condition of this name and protocol had on the same case.
     """
 
     name: str
     attack: Attack | Recorded | None = None
     protocol: str = ""
-    match: str = ""
+    match: tuple[str, str] | None = None
 
 
 CLEAN_CONDITION = Condition(name=CLEAN)
 
 
 def conditions(attacks: Mapping[str, Attack], protocols: Sequence[str] = (WHOLE,)) -> list[Condition]:
-    """The clean condition, then every attack under every protocol, each VAFA followed by its two controls.
+    """The clean condition, then every attack under every protocol, each beside its controls.
 
-    The controls of a frequency attack are the coarsest tables without any optimisation, and noise of the same L2 norm:
-    what the attack does beyond them is what it learned. Attacks that look at neither model nor label are the same
-    under every protocol and run once.
+    The control of an attack in a norm ball is the largest noise of the same ball. Those of a frequency attack are the
+    coarsest tables without any optimisation, and noise of the same L2 norm: what the attack does beyond them is what
+    it learned. Attacks that look at neither model nor label are the same under every protocol and run once; so do
+    attacks in an L2 ball, of which every tile would get a whole one.
+
+    Raises:
+        ValueError: a targeted attack (there is no target here), or a name that stands for two things.
     """
     found = [CLEAN_CONDITION]
+    given = list(attacks.values())
     for name, attack in attacks.items():
-        for protocol in protocols[:1] if attack.blind else protocols:
-            found.append(Condition(name=name, attack=attack, protocol=WHOLE if attack.blind else protocol))
-            if isinstance(attack, VAFA) and protocol == WHOLE:
-                coarse = replace(attack, steps=0, q_init=attack.q_max, ssim_weight=0.0)
-                found.append(Condition(name=f"{name} tables only", attack=coarse, protocol=WHOLE))
-                noise = RandomNoise(norm="l2", eps=0.0)
-                found.append(Condition(name=f"{name} equal noise", attack=noise, protocol=WHOLE, match=name))
+        if attack.targeted:
+            raise ValueError(f"expected an untargeted attack, got {name}: the true label as a target would be help")
+        norm, eps = getattr(attack, "norm", ""), getattr(attack, "eps", 0.0)
+        noise = RandomNoise(norm=norm, eps=eps) if norm else None
+        if noise is not None and noise not in given:
+            given.append(noise)
+            budget = f"{eps * 255:g}/255" if norm == "linf" else f"L2 {eps:g}"
+            found.append(Condition(name=f"noise {budget}", attack=noise, protocol=WHOLE))
+        once = attack.blind or norm == "l2"
+        found += [Condition(name=name, attack=attack, protocol=p) for p in ([WHOLE] if once else protocols)]
+        if isinstance(attack, VAFA):
+            coarse = replace(attack, steps=0, q_init=attack.q_max, ssim_weight=0.0, final="hard")
+            found.append(Condition(name=f"{name} tables only", attack=coarse, protocol=WHOLE))
+            equal = RandomNoise(norm="l2", eps=0.0)
+            match = (name, protocols[0])
+            found.append(Condition(name=f"{name} equal noise", attack=equal, protocol=WHOLE, match=match))
+    slugs = [slug(condition) for condition in found]
+    for name, attack in attacks.items():
+        if slug(Condition(name=name)) == CLEAN or slugs.count(slug(Condition(name=name, protocol=WHOLE))) > 1:
+            raise ValueError(f"expected a name of its own for {attack!r}, got {name!r}: another condition has it")
     return found
+
+
+def slug(condition: Condition) -> str:
+    """The condition as part of a file name: ``PGD__whole-volume``."""
+    parts = (part for part in (condition.name, condition.protocol) if part)
+    return "__".join(part.replace(" ", "-").replace("/", "-") for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +152,8 @@ class Evaluation:
         label: Tensor | None,
         wanted: Iterable[Condition],
         *,
-        saved: Callable[[Condition], Tensor | None] = lambda condition: None,
+        saved: Callable[[Condition], tuple[Tensor, Recorded] | None] = lambda condition: None,
+        norms: Mapping[tuple[str, str], float] | None = None,
     ) -> Iterator[Result]:
         """Evaluate one case under each condition in turn.
 
@@ -136,7 +162,8 @@ class Evaluation:
             image: (C, *S) in [0, 1]; the voxel size is read from its affine when it has one.
             label: (1, *S); ``None`` needs ``label_free``.
             wanted: which conditions; the clean prediction is made once in any case.
-            saved: gives the adversarial image (C, *S) of a condition instead of crafting it, or ``None``.
+            saved: gives the adversarial image (C, *S) of a condition, and what made it, instead of crafting it.
+            norms: L2 norms measured earlier, by name and protocol, for conditions that match them.
 
         Raises:
             ValueError: image, label and network do not fit together.
@@ -151,23 +178,28 @@ class Evaluation:
         pred = self._predict(model, clean)
         if label is None and not self.label_free:
             raise ValueError(f"expected a label for case {name}, got none: evaluate label-free or add the label")
-        reference = pred if self.label_free or label is None else label.as_subclass(Tensor).to(self.device)[None].long()
-        norms: dict[str, float] = {}
+        reference = pred
+        if label is not None and not self.label_free:
+            reference = label.as_subclass(Tensor).to(self.device)[None]
+            check_label_grid(clean, reference, f"case {name}")
+            reference = reference.long()
+        measured = dict(norms or {})
         for condition in wanted:
             attack = condition.attack
-            if condition.match:
-                attack = RandomNoise(norm="l2", eps=norms.get(condition.match, 0.0))
             image_adv = clean
             if attack is not None:
                 kept = saved(condition)
                 if kept is not None:
-                    image_adv = kept[None].to(self.device)
+                    image_adv, attack = kept[0][None].to(self.device), kept[1]
+                    check_image(image_adv, f"the saved volume of {condition.name}")
                 elif isinstance(attack, Attack):
+                    if condition.match:
+                        attack = RandomNoise(norm="l2", eps=measured[condition.match])
                     image_adv = self._craft(attack, condition, model, clean, reference)
                 else:
                     raise ValueError(f"expected the saved volume of {condition.name} for case {name}, got none")
             pred_adv = pred if attack is None else self._predict(model, image_adv)
-            norms[condition.name] = l2(image_adv, clean).item()
+            measured[condition.name, condition.protocol] = l2(image_adv, clean).item()
             records = self._records(name, condition, attack, spacing, clean, image_adv, reference, pred, pred_adv)
             yield Result(
                 condition=condition,
@@ -189,14 +221,14 @@ class Evaluation:
         return predict(logits, "softmax")
 
     def _craft(self, attack: Attack, condition: Condition, model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        if attack.setting("objective").head == "sigmoid" and len(self.class_names) != 2:
+            raise ValueError("expected an objective for a softmax head, got one for sigmoid channels: use the handlers")
         generator = torch.Generator().manual_seed(self.seed)
         if condition.protocol != TILES:
             return attack(model, image, label, generator=generator)
         if not isinstance(self.inferer, SlidingWindowInferer):
             raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(self.inferer).__name__}")
-        roi = self.inferer.roi_size
-        roi = [roi] * (image.ndim - 2) if isinstance(roi, int) else list(roi)
-        return attack_tiles(attack, bind(self.network), image, label, roi, generator=generator)
+        return attack_tiles(attack, bind(self.network), image, label, self.inferer.roi_size, generator=generator)
 
     def _records(
         self,
@@ -215,7 +247,7 @@ class Evaluation:
             "condition": condition.name,
             "protocol": condition.protocol,
             "attack": "" if attack is None else repr(attack),
-            "seed": self.seed,
+            "seed": attack.seed if isinstance(attack, Recorded) else self.seed,
             "model": self.model,
             "versions": versions(),
         }

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from medrobust.attacks.base import Attack, frozen
 from medrobust.attacks.objectives import predict
 from medrobust.inferers import bind
-from medrobust.io import save_volume, stem
+from medrobust.io import save_volume, stem, unused
 from medrobust.tiles import attack_tiles
 
 PROTOCOLS = ("whole volume", "tiles")
@@ -46,6 +46,7 @@ class _Crafting:
         label_free: bool = False,
         seed: int = 0,
         image_key: str = "image",
+        target_key: str | None = None,
     ) -> None:
         """
         Args:
@@ -57,7 +58,11 @@ class _Crafting:
             seed: of the attack's generator, plus the rank and the iteration: every iteration draws anew, a resumed
                 run draws the same.
             image_key: the image's key in the batch.
+            target_key: the key of the label map that a targeted attack wants to see; the label itself would be no
+                attack but help.
         """
+        if attack.targeted != (target_key is not None):
+            raise ValueError(f"expected target_key with a targeted attack and only then, got {target_key!r}")
         if protocol not in PROTOCOLS:
             raise ValueError(f"expected a protocol among {PROTOCOLS}, got {protocol!r}")
         self.attack = attack
@@ -66,6 +71,7 @@ class _Crafting:
         self.label_free = label_free
         self.seed = seed
         self.image_key = image_key
+        self.target_key = target_key
 
     def craft(self, engine: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """The adversarial twin of the current batch's image with that image's metadata, and the network's arguments."""
@@ -73,6 +79,8 @@ class _Crafting:
         source = state.batch[self.image_key]
         prepared = engine.prepare_batch(state.batch, state.device, engine.non_blocking, **engine.to_kwargs)
         image, label, args, kwargs = prepared if len(prepared) == 4 else (*prepared, (), {})
+        if self.target_key is not None:
+            label = state.batch[self.target_key].to(state.device)
         if label is None and not self.label_free:
             raise ValueError("expected a label in the batch, got none: set label_free=True to attack the prediction")
         network, inferer = bare(engine.network), self.inferer or engine.inferer
@@ -143,7 +151,7 @@ class SaveAdversarial:
     def __init__(self, output_dir: str | Path, *, key: str = "image_adv") -> None:
         self.output_dir = Path(output_dir)
         self.key = key
-        self._written: dict[str, int] = {}
+        self._written: set[str] = set()
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, lambda: self._written.clear())
@@ -155,10 +163,9 @@ class SaveAdversarial:
                 raise ValueError(
                     f"expected {self.key} with its file name in the metadata, got none: load with LoadImaged"
                 )
-            name = stem(str(volume.meta["filename_or_obj"]))
-            count = self._written[name] = self._written.get(name, 0) + 1
-            suffix = "" if count == 1 else f"_{count}"
-            path = self.output_dir / f"{name}{suffix}_adv.nii.gz"
+            name = unused(stem(str(volume.meta["filename_or_obj"])), self._written)
+            rank = f"_rank{engine.state.rank}" if engine.state.rank else ""
+            path = self.output_dir / f"{name}{rank}_adv.nii.gz"
             save_volume(volume.as_tensor(), path, affine=volume.affine, meta=volume.meta)
 
 

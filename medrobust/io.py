@@ -92,6 +92,16 @@ def stem(path: str) -> str:
     return name.removesuffix(".gz").removesuffix(".nii")
 
 
+def unused(name: str, used: set[str]) -> str:
+    """``name``, numbered if it is among ``used``; it joins them."""
+    count, candidate = 1, name
+    while candidate in used:
+        count += 1
+        candidate = f"{name}_{count}"
+    used.add(candidate)
+    return candidate
+
+
 def _code(meta: Mapping[str, Any], key: str) -> int:
     value = meta.get(key, 0)
     return int(np.asarray(value).reshape(-1)[0]) if np.size(value) else 0

@@ -58,7 +58,10 @@ def parse_value(text: str) -> Any:
         return float(fraction[1]) / denominator
     if "," in text:
         return tuple(parse_value(part) for part in text.split(","))
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"expected a number, a word or a list with its brackets closed, got {text!r}") from None
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)  # YAML 1.1 reads 1e-4 as a word
     return value

@@ -1,6 +1,7 @@
 """A run's folder: records, adversarial volumes, pictures and the report, written as the run goes.
 
 ```
+run.json        what every number of the run shares: bundle, weights, overrides, seed, and a hash of each case
 records.csv     one number a row, appended condition by condition
 failures.csv    cases that could not be evaluated, each with its reason
 volumes/        adversarial volumes (float32), their clean image and label, and manifest.csv
@@ -13,12 +14,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from monai.data import MetaTensor
@@ -26,9 +28,9 @@ from nibabel.affines import voxel_sizes
 from torch import Tensor
 
 from medrobust.atomic import replacing, write_text
-from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result
-from medrobust.io import load_volume, save_volume, stem
-from medrobust.records import append, read_csv
+from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result, slug
+from medrobust.io import load_volume, save_volume, stem, unused
+from medrobust.records import Record, append, read_csv
 
 Progress = Callable[[str, str], None]
 """Called with a case and what is being done to it."""
@@ -46,6 +48,7 @@ class Run:
         volumes: keep the adversarial volumes.
         pictures: make a picture per case and condition.
         saved: a run's ``volumes`` folder whose adversarial volumes are evaluated instead of crafting new ones.
+        settings: what else every number depends on, such as the bundle and its overrides; JSON types.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class Run:
     volumes: bool = True
     pictures: bool = True
     saved: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -64,27 +68,56 @@ class Run:
     def evaluate(self, cases: Sequence[Mapping[str, Any]], progress: Progress = lambda case, what: None) -> None:
         """Evaluate every case; a case that fails is noted with its reason and costs nothing but itself.
 
-        Conditions whose records are already in the folder, from the same attack, weights and seed, are skipped.
+        Conditions whose records are already in the folder are skipped: a run continues where it stopped.
+
+        Raises:
+            ValueError: the folder holds a run of other settings, cases or attacks by the same names.
         """
+        names = case_names(cases)
+        self._check_settings(dict(zip(names, cases, strict=True)))
         done = self._done()
-        for name, paths in zip(case_names(cases), cases, strict=True):
-            wanted = [c for c in self.conditions if self._key(name, c) not in done or c is CLEAN_CONDITION]
-            if all(self._key(name, condition) in done for condition in self.conditions):
+        for name, paths in zip(names, cases, strict=True):
+            missing = [condition for condition in self.conditions if self._key(name, condition) not in done]
+            if not missing:
                 progress(name, "already there")
                 continue
+            wanted = missing if missing[0] is CLEAN_CONDITION else [CLEAN_CONDITION, *missing]
             try:
                 self._case(name, paths, wanted, done, progress)
-            except (ValueError, TypeError, OSError, RuntimeError) as error:
+            except Exception as error:  # whatever a file or a network does, the other cases go on
                 self.failures[name] = reason(error, [str(path) for path in paths.values()])
                 progress(name, f"failed: {self.failures[name]}")
-        self._write_failures()
+            self._write_failures()
+
+    def _check_settings(self, cases: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write ``run.json``, or see that this run continues the one that is there."""
+        path = self.folder / "run.json"
+        shared = {**self.settings, "model": self.evaluation.model, "seed": self.evaluation.seed}
+        shared |= {"label_free": self.evaluation.label_free, "lpips": self.evaluation.lpips}
+        hashes = {name: _digest(paths) for name, paths in cases.items()}
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"shared": shared, "cases": {}}
+        other = "choose another --output"
+        for key in {*shared, *found["shared"]}:
+            before, now = found["shared"].get(key), shared.get(key)
+            if before != now:
+                raise ValueError(f"expected the {key} of the run in {self.folder}, {before!r}, got {now!r}: {other}")
+        for name, digest in hashes.items():
+            if found["cases"].get(name, digest) != digest:
+                raise ValueError(f"expected {name} as in {self.folder}, got another file of that name: {other}")
+        attacks = {(r.condition, r.protocol): r.attack for r in self._records() if not self._matched(r.condition)}
+        for condition in self.conditions:
+            before, now = attacks.get((condition.name, condition.protocol)), repr(condition.attack or "")
+            if before and not condition.match and not self.saved and before != now:
+                hint = f"name it, as in 'mine: {condition.name.lower()} ...', or {other}"
+                raise ValueError(f"expected {condition.name} as in {self.folder}, got other settings: {hint}")
+        write_text(path, json.dumps({"shared": shared, "cases": {**found["cases"], **hashes}}, indent=2) + "\n")
 
     def _case(
         self,
         name: str,
         paths: Mapping[str, Any],
         wanted: Sequence[Condition],
-        done: set[tuple[str, ...]],
+        done: set[tuple[str, str, str]],
         progress: Progress,
     ) -> None:
         for key in ("image", "label"):
@@ -94,74 +127,80 @@ class Run:
         data = self.preprocessing(dict(paths))
         image, label = data["image"], data.get("label")
         progress(name, wanted[0].name)
-        results = self.evaluation.case(name, image, label, wanted, saved=lambda c: self._load(name, c, image))
+        norms = {(r.condition, r.protocol): r.value for r in self._records() if r.case == name and r.metric == "l2"}
+        results = self.evaluation.case(
+            name, image, label, wanted, saved=lambda c: self._load(name, c, image), norms=norms
+        )
         for index, result in enumerate(results):
-            self._keep(name, result, image)
+            affine, meta = (image.affine, image.meta) if isinstance(image, MetaTensor) else (np.eye(4), {})
+            if self.volumes and not self.saved:
+                self._keep(name, result, affine, meta)
             if self._key(name, result.condition) not in done:
                 append(result.records, self.records_path)
+            if self.pictures and result.condition.attack is not None:
+                self._picture(name, result, voxel_sizes(np.asarray(affine)))
             if index + 1 < len(wanted):
                 following = wanted[index + 1]
                 progress(name, " ".join(part for part in (following.name, following.protocol) if part))
 
-    def _keep(self, name: str, result: Result, image: Tensor) -> None:
-        affine, meta = (image.affine, image.meta) if isinstance(image, MetaTensor) else (np.eye(4), {})
-        clean = result.condition.attack is None
-        if self.volumes and not self.saved:
-            target = self.folder / "volumes"
-            if clean:
-                note = "medrobust clean twin of adversarial volumes"
-                save_volume(result.image, target / f"{name}__image.nii.gz", affine=affine, meta=meta, description=note)
-                path = target / f"{name}__label.nii.gz"
-                save_volume(result.label, path, affine=affine, meta=meta, description=note, dtype=np.uint8)
-            else:
-                path = target / volume_name(name, result.condition)
-                save_volume(result.image_adv, path, affine=affine, meta=meta)
-                self._manifest(path, name, result)
-        if self.pictures and not clean:
-            self._picture(name, result, voxel_sizes(np.asarray(affine)))
+    def _keep(self, name: str, result: Result, affine: Any, meta: Mapping[str, Any]) -> None:
+        target = self.folder / "volumes"
+        if result.condition.attack is None:
+            note = "medrobust clean twin of adversarial volumes"
+            save_volume(result.image, target / f"{name}__image.nii.gz", affine=affine, meta=meta, description=note)
+            path = target / f"{name}__label.nii.gz"
+            save_volume(result.label, path, affine=affine, meta=meta, description=note, dtype=np.uint8)
+            return
+        path = target / volume_name(name, result.condition)
+        save_volume(result.image_adv, path, affine=affine, meta=meta)
+        row = Saved(
+            file=path.name,
+            case=name,
+            condition=result.condition.name,
+            protocol=result.condition.protocol,
+            attack=repr(result.attack),
+            seed=str(self.evaluation.seed),
+            sha256=_sha256(path),
+        )
+        rows = [other for other in manifest(target) if other.file != row.file] if (target / MANIFEST).is_file() else []
+        write_text(target / MANIFEST, _csv([Saved._fields, *rows, row]))
 
     def _picture(self, name: str, result: Result, spacing: Sequence[float]) -> None:
         from medrobust.pictures import panel
 
         condition = result.condition
         png = panel(
-            *(m.cpu() for m in (result.image, result.image_adv, result.label, result.pred, result.pred_adv)),
+            *(m[:1].cpu() for m in (result.image, result.image_adv, result.label, result.pred, result.pred_adv)),
             spacing=[float(s) for s in spacing][: result.image.ndim - 1],
             class_names=self.evaluation.class_names,
             title=f"{name}: {condition.name}, {condition.protocol}",
         )
-        with replacing(self.folder / "pictures" / f"{stem(volume_name(name, condition))}.png") as partial:
+        with replacing(self.folder / "pictures" / f"{name}__{slug(condition)}.png") as partial:
             partial.write_bytes(png)
 
-    def _manifest(self, path: Path, case: str, result: Result) -> None:
-        table = path.parent / "manifest.csv"
-        rows = _rows(table)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        condition = result.condition
-        row = [path.name, case, condition.name, condition.protocol, repr(result.attack), digest]
-        rows = [other for other in rows if other[0] != path.name] + [row]
-        header = ["file", "case", "condition", "protocol", "attack", "sha256"]
-        write_text(table, _csv([header, *rows]))
-
-    def _load(self, case: str, condition: Condition, image: Tensor) -> Tensor | None:
+    def _load(self, case: str, condition: Condition, image: Tensor) -> tuple[Tensor, Recorded] | None:
+        """The saved volume of a condition and what its manifest says of it."""
         if self.saved is None:
             return None
         path = self.saved / volume_name(case, condition)
         affine = image.affine if isinstance(image, MetaTensor) else np.eye(4)
-        return load_volume(path, image, affine)
+        volume = load_volume(path, image, affine)
+        row = next((row for row in manifest(self.saved) if row.file == path.name), None)
+        if row is None or row.sha256 != _sha256(path):
+            raise ValueError(f"expected {path.name} as its manifest describes it, got a file that was changed since")
+        return volume, Recorded(text=row.attack, seed=int(row.seed))
 
-    def _key(self, case: str, condition: Condition) -> tuple[str, ...]:
-        attack = "" if condition.attack is None or condition.match else repr(condition.attack)
-        return case, condition.name, condition.protocol, attack, self.evaluation.model, str(self.evaluation.seed)
+    def _records(self) -> list[Record]:
+        return read_csv(self.records_path) if self.records_path.is_file() else []
 
-    def _done(self) -> set[tuple[str, ...]]:
-        if not self.records_path.is_file():
-            return set()
-        matched = {condition.name for condition in self.conditions if condition.match}
-        return {
-            (r.case, r.condition, r.protocol, "" if r.condition in matched else r.attack, r.model, str(r.seed))
-            for r in read_csv(self.records_path)
-        }
+    def _key(self, case: str, condition: Condition) -> tuple[str, str, str]:
+        return case, condition.name, condition.protocol
+
+    def _done(self) -> set[tuple[str, str, str]]:
+        return {(record.case, record.condition, record.protocol) for record in self._records()}
+
+    def _matched(self, name: str) -> bool:
+        return any(condition.match for condition in self.conditions if condition.name == name)
 
     def _write_failures(self) -> None:
         path = self.folder / "failures.csv"
@@ -173,34 +212,59 @@ class Run:
 
 def case_names(cases: Iterable[Mapping[str, Any]]) -> list[str]:
     """One name a case: its image's file name without folder and ending, numbered where two would be alike."""
-    seen: dict[str, int] = {}
-    names = []
-    for case in cases:
-        name = stem(str(case["image"]))
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return names
+    used: set[str] = set()
+    return [unused(stem(str(case["image"])), used) for case in cases]
 
 
 def volume_name(case: str, condition: Condition) -> str:
     """File name of an adversarial volume: ``ct_b__PGD__whole-volume__adv.nii.gz``."""
-    parts = (case, *(part.replace(" ", "-") for part in (condition.name, condition.protocol)))
-    return "__".join(part.replace("/", "-") for part in parts) + "__adv.nii.gz"
+    return f"{case}__{slug(condition)}__adv.nii.gz"
+
+
+MANIFEST = "manifest.csv"
+
+
+class Saved(NamedTuple):
+    """A row of the manifest: an adversarial volume and what made it."""
+
+    file: str
+    case: str
+    condition: str
+    protocol: str
+    attack: str
+    seed: str
+    sha256: str
+
+
+def manifest(folder: Path) -> list[Saved]:
+    """What a run's ``volumes`` folder holds.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no manifest, or it is none.
+    """
+    table = folder / MANIFEST
+    if not table.is_file():
+        raise FileNotFoundError(f"expected {MANIFEST} of an earlier run in {folder}, got none")
+    with table.open(encoding="utf-8", newline="") as stream:
+        header, *rows = csv.reader(stream)
+    if tuple(header) != Saved._fields or any(len(row) != len(header) for row in rows):
+        raise ValueError(f"expected the columns {', '.join(Saved._fields)} in {table}, got {', '.join(header)}")
+    return [Saved(*row) for row in rows]
 
 
 def saved_conditions(folder: Path) -> list[Condition]:
-    """The conditions that a run's ``volumes`` folder holds, clean first, in the order they were made.
-
-    Their attacks are named, not known: they appear in records as their manifest's text.
-
-    Raises:
-        FileNotFoundError: no manifest there.
-    """
-    table = folder / "manifest.csv"
-    if not table.is_file():
-        raise FileNotFoundError(f"expected manifest.csv of an earlier run in {folder}, got none")
-    found = {(row[2], row[3]): Recorded(text=row[4]) for row in _rows(table)}
+    """The conditions that a run's ``volumes`` folder holds, clean first, in the order they were made."""
+    found = {(row.condition, row.protocol): Recorded(text=row.attack) for row in manifest(folder)}
     return [CLEAN_CONDITION, *(Condition(name=n, protocol=p, attack=attack) for (n, p), attack in found.items())]
+
+
+def read_failures(folder: Path) -> dict[str, str]:
+    """The failed cases of a run and why."""
+    path = folder / "failures.csv"
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as stream:
+        return {row["case"]: row["reason"] for row in csv.DictReader(stream)}
 
 
 def reason(error: BaseException, paths: Iterable[str] = ()) -> str:
@@ -216,11 +280,17 @@ def reason(error: BaseException, paths: Iterable[str] = ()) -> str:
     return text
 
 
-def _rows(table: Path) -> list[list[str]]:
-    if not table.is_file():
-        return []
-    with table.open(encoding="utf-8", newline="") as stream:
-        return list(csv.reader(stream))[1:]
+def _digest(paths: Mapping[str, Any]) -> dict[str, str]:
+    """A hash of each file of a case; a missing file is found later, as that case's failure."""
+    return {key: _sha256(Path(str(path))) for key, path in paths.items() if Path(str(path)).is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _csv(rows: Iterable[Sequence[str]]) -> str:

@@ -24,7 +24,7 @@ def attack_tiles(
     network: Model,
     image: Tensor,
     label: Tensor,
-    roi_size: Sequence[int],
+    roi_size: Sequence[int] | int,
     *,
     tile_batch_size: int = 1,
     generator: torch.Generator | None = None,
@@ -35,12 +35,15 @@ def attack_tiles(
         attack: any attack; its threat model holds tile by tile.
         network: tile (B, C, *roi_size) -> logits.
         label: (B, 1, *S) or (B, K, *S).
-        roi_size: tile size per spatial axis. A volume smaller than a tile is padded with zeros and cropped back.
+        roi_size: tile size, one for all spatial axes or one each; below 1 is the whole axis. A volume smaller than a
+            tile is padded with zeros and cropped back.
         tile_batch_size: tiles attacked in one batch.
         generator: source of all chance.
     """
     image, label = image.as_subclass(Tensor).float(), label.as_subclass(Tensor)
     size = image.shape[2:]
+    wanted = [roi_size] * len(size) if isinstance(roi_size, int) else list(roi_size)
+    roi_size = [r if r and r > 0 else s for r, s in zip(wanted, size, strict=True)]
     generator = generator or torch.Generator().manual_seed(0)
     missing = [max(r - s, 0) for r, s in zip(roi_size, size, strict=True)]
     padding = [width for m in reversed(missing) for width in (0, m)]

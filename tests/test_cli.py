@@ -14,8 +14,9 @@ from nibabel.orientations import aff2axcodes
 from oracles import VoxelLinear
 from typer.testing import CliRunner
 
-from medrobust.cli import app
-from medrobust.records import Record, read_csv
+from medrobust.cli import _clear_demo, app
+from medrobust.records import Record, read_csv, write_csv
+from medrobust.run import case_names
 
 EPS = 8 / 255
 ATTACK = "fgsm eps=8/255 objective=CE"
@@ -55,15 +56,19 @@ def test_evaluate(bundle: Path, tmp_path: Path) -> None:
         for protocol in ("whole volume", "tiles"):
             found = values(records, **shared, condition="FGSM", protocol=protocol)
             assert found == pytest.approx([known_dice(bundle, case, EPS)], abs=1e-3)
-            assert values(records, case=case, metric="linf", protocol=protocol) == pytest.approx([EPS], abs=1e-6)
+            assert values(records, case=case, condition="FGSM", metric="linf", protocol=protocol) == pytest.approx(
+                [EPS], abs=1e-6
+            )
     assert {r.seed for r in records} == {0}
     assert all(r.model.startswith("VoxelLinear sha256:") for r in records)
+    noise = values(records, condition="noise 8/255", metric="linf")
+    assert noise == pytest.approx([EPS, EPS], abs=1e-6)
     assert {r.attack for r in records if r.condition == "FGSM"} == {
         "FGSM(objective=CrossEntropy(head='softmax'), targeted=False, eps=0.03137254901960784, norm='linf')"
     }
     names = sorted(path.name for path in (out / "pictures").iterdir())
-    assert names[0] == "case0__FGSM__tiles__adv.png"
-    assert len(names) == 4
+    assert names[0] == "case0__FGSM__tiles.png"
+    assert len(names) == 6
     page = (out / "report.html").read_text()
     assert "for the test" in page
     assert "http://" not in page  # self-contained
@@ -89,6 +94,10 @@ def test_saved_volumes_keep_geometry_and_give_the_same_dice(bundle: Path, tmp_pa
             values(before, condition="FGSM", metric=metric), abs=1e-6
         )
     assert {r.attack for r in after} == {r.attack for r in before}
+    volume = first / "volumes" / "case0__FGSM__whole-volume__adv.nii.gz"
+    volume.write_bytes((first / "volumes" / "case1__FGSM__whole-volume__adv.nii.gz").read_bytes())
+    text = call("evaluate", "-b", bundle, "-o", tmp_path / "third", "--saved", first / "volumes", code=1)
+    assert "as its manifest describes it" in text
 
 
 def test_a_second_run_continues(bundle: Path, tmp_path: Path) -> None:
@@ -97,10 +106,47 @@ def test_a_second_run_continues(bundle: Path, tmp_path: Path) -> None:
     rows = (out / "records.csv").read_text()
     assert "already there" in call("attack", "-b", bundle, "-o", out, "-a", ATTACK)
     assert (out / "records.csv").read_text() == rows
-    call("attack", "-b", bundle, "-o", out, "-a", ATTACK, "-a", "noise: random_noise eps=8/255")
+    call("attack", "-b", bundle, "-o", out, "-a", ATTACK, "-a", "blur: gaussian_noise std=8/255")
     assert (out / "records.csv").read_text().startswith(rows)
     added = read_csv(out / "records.csv")[len(rows.splitlines()) - 1 :]
-    assert {r.condition for r in added} == {"noise"}
+    assert {r.condition for r in added} == {"blur"}
+
+
+OTHER = [
+    (("-a", "fgsm eps=4/255"), "expected FGSM as in"),
+    (("-a", ATTACK, "--seed", "1"), "expected the seed of the run"),
+    (("-a", ATTACK, "--label-free"), "expected the label_free of the run"),
+    (("-a", ATTACK, "--set", "validate#inferer#overlap=0.25"), "expected the overrides of the run"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), OTHER)
+def test_numbers_of_other_settings_are_never_mixed(
+    bundle: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    out = tmp_path / "run"
+    call("attack", "-b", bundle, "-o", out, "-a", ATTACK)
+    rows = (out / "records.csv").read_text()
+    assert message in call("attack", "-b", bundle, "-o", out, *words, code=2).replace("\n", " ")
+    assert (out / "records.csv").read_text() == rows
+
+
+def test_another_file_of_the_same_name_is_not_taken_for_it(bundle: Path, tmp_path: Path) -> None:
+    out, image = tmp_path / "run", bundle / "data" / "case0.nii.gz"
+    call("attack", "-b", bundle, "-o", out, "-a", ATTACK, "--image", image)
+    image.write_bytes((bundle / "data" / "case1.nii.gz").read_bytes())
+    text = call("attack", "-b", bundle, "-o", out, "-a", ATTACK, "--image", image, code=2)
+    assert "another file of that name" in text.replace("\n", " ")
+
+
+def test_a_control_crafted_after_a_crash_has_its_attacks_norm(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("attack", "-b", bundle, "-o", out, "-a", "vafa steps=2 block_size=4,4,4", "--split", "training")
+    call(*words)
+    whole = read_csv(out / "records.csv")
+    write_csv([r for r in whole if r.condition != "VAFA equal noise"], out / "records.csv")
+    call(*words)
+    assert read_csv(out / "records.csv") == whole
 
 
 def test_a_bad_file_costs_that_file_only(bundle: Path, tmp_path: Path) -> None:
@@ -114,6 +160,9 @@ def test_a_bad_file_costs_that_file_only(bundle: Path, tmp_path: Path) -> None:
         (row,) = csv.DictReader(stream)
     assert row["case"] == "case0"
     assert str(tmp_path) not in row["reason"]
+    assert "Case case0 failed" in (out / "report.md").read_text()
+    (out / "report.md").unlink()
+    call("report", out, code=1)
     assert "Case case0 failed" in (out / "report.md").read_text()
 
 
@@ -178,6 +227,14 @@ MISTAKES = [
     (("-a", "pgd", "--weights", "none.pt"), "expected weights in none.pt"),
     (("-a", "pgd", "--data-list", "none.json"), "expected a data list"),
     (("--saved", "nowhere"), "expected manifest.csv"),
+    (("--saved", "nowhere", "-a", "pgd"), "either --attack or --saved"),
+    (("-a", "pgd", "--label", "a.nii"), "--image with --label"),
+    (("-a", "clean: pgd"), "expected a name of its own"),
+    (("-a", "a b: pgd", "-a", "a-b: fgsm"), "expected a name of its own"),
+    (("-a", "pgd targeted=true"), "expected an untargeted attack"),
+    (("-a", "pgd eps=["), "expected a number, a word or a list"),
+    (("-a", "pgd steps=4.5"), "expected whole steps"),
+    (("-a", "pgd", "--set", "validate#dataset#data=$1/0"), "expected validate#dataset#data of bundle to be built"),
 ]
 
 
@@ -200,6 +257,21 @@ def test_wrong_channel_count_and_no_bundle(bundle: Path, tmp_path: Path) -> None
     metadata.write_text(metadata.read_text().replace('"1": "organ"', '"1": "organ", "2": "other"'))
     text = call("attack", "-b", bundle, "-o", tmp_path / "run", "-a", "pgd", code=1)
     assert "got 2 channels" in text
+
+
+def test_the_demo_clears_only_a_demo(tmp_path: Path) -> None:
+    (tmp_path / "records.csv").write_text("a night's work")
+    with pytest.raises(ValueError, match="expected a new folder or that of an earlier demo"):
+        _clear_demo(tmp_path)
+    (tmp_path / "run.json").write_text('{"shared": {"purpose": "demo"}}')
+    (tmp_path / "mine.txt").write_text("kept")
+    _clear_demo(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_names_of_cases() -> None:
+    names = case_names([{"image": name} for name in ("x/a.nii", "y/a.nii.gz", "a_2.nii", "b.nii")])
+    assert names == ["a", "a_2", "a_2_2", "b"]
 
 
 def test_report_again_and_list(bundle: Path, tmp_path: Path) -> None:

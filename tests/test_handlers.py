@@ -221,6 +221,19 @@ def test_label_free_needs_no_label(tmp_path: Path) -> None:
         engine.run()
 
 
+def test_targeted_attacks_need_a_target_of_their_own(tmp_path: Path) -> None:
+    """The label itself as a target would help the model; another map is what the attacker wants to see."""
+    targeted = FGSM(eps=EPS, objective=CrossEntropy(), targeted=True)
+    with pytest.raises(ValueError, match="expected target_key"):
+        RobustEvaluation(targeted)
+    batches = loader(tmp_path, batch_size=1)
+    for item in batches.dataset.data:
+        item["wanted"] = torch.ones(1, 9, 10, 11)
+    item, *_ = outputs(evaluator(batches, VoxelLinear(), [RobustEvaluation(targeted, target_key="wanted")]))
+    expected = (item["image"].as_tensor() + EPS).clamp(0, 1)
+    torch.testing.assert_close(item["image_adv"].as_tensor(), expected, rtol=0, atol=1e-6)
+
+
 def test_arguments_of_the_network_travel_along(tmp_path: Path) -> None:
     class Shifted(VoxelLinear):
         def forward(self, image: torch.Tensor, shift: torch.Tensor | None = None) -> torch.Tensor:

@@ -57,7 +57,7 @@ def test_attacks(text: str, name: str, attack: object) -> None:
         ("pgd eps=-1", "expected eps >= 0"),
         ("pgd eps=large", "expected"),
         ("pgd norm=l7", "expected norm 'linf' or 'l2'"),
-        ("pgd steps=0", "expected steps"),
+        ("pgd steps=0", "expected whole steps"),
         ("pgd objective=hinge", "expected an objective"),
         ("vafa q_min=30", "expected 0 < q_min"),
         ("vafa final=medium", "expected final="),

@@ -47,7 +47,7 @@ class SourceArchive:
         in the archive is read.
 
         Raises:
-            RuntimeError: pip could not fetch it, or the file's hash is not the pinned one.
+            ConnectionError: pip could not fetch it, or the file's hash is not the pinned one.
         """
         target = folder / self.file_name
         if target.is_file() and _sha256(target) == self.sha256:
@@ -62,7 +62,7 @@ class SourceArchive:
             fetched = Path(work) / self.file_name
             if done.returncode or not fetched.is_file():
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise RuntimeError(
+                raise ConnectionError(
                     f"expected pip to download {self.name} {self.version} (sha256 {self.sha256[:12]}), got: {reason}."
                     f" Check the network, or put {self.file_name} into {folder} by hand"
                 )
@@ -76,7 +76,7 @@ def extract(archive: Path, members: dict[str, Path]) -> None:
     Nothing is written outside the named places, whatever the archive says, and each file appears whole or not at all.
 
     Raises:
-        RuntimeError: a member is missing or no regular file.
+        ValueError: a member is missing or no regular file.
     """
     left = {str(PurePosixPath(inside)): place for inside, place in members.items()}
     with tarfile.open(archive, "r:gz") as tar:
@@ -86,12 +86,12 @@ def extract(archive: Path, members: dict[str, Path]) -> None:
                 continue
             stream = tar.extractfile(entry) if entry.isreg() else None
             if stream is None:
-                raise RuntimeError(f"expected a regular file {entry.name} in {archive.name}, got another kind of entry")
+                raise ValueError(f"expected a regular file {entry.name} in {archive.name}, got another kind of entry")
             with replacing(place) as partial:
                 partial.write_bytes(stream.read())
             del left[entry.name]
     if left:
-        raise RuntimeError(f"expected {sorted(left)} in {archive.name}, got an archive without: was it altered?")
+        raise ValueError(f"expected {sorted(left)} in {archive.name}, got an archive without: was it altered?")
 
 
 def _sha256(path: Path) -> str:

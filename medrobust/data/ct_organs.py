@@ -120,7 +120,7 @@ def _dicom_names(archive: Path) -> list[str]:
             entry.name.removeprefix(prefix) for entry in tar if entry.isreg() and entry.name.startswith(prefix)
         )
     if len(names) != SLICES:
-        raise RuntimeError(f"expected {SLICES} DICOM slices in {archive.name}, got {len(names)}: was it altered?")
+        raise ValueError(f"expected {SLICES} DICOM slices in {archive.name}, got {len(names)}: was it altered?")
     return names
 
 
