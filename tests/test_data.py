@@ -63,7 +63,7 @@ def test_real_exams(ct_organs: Path) -> None:
     for case, shape in ((training, (122, 101, 112)), (validation, (512, 512, 20)), (shift, (117, 91, 20))):
         image, label = nib.load(case["image"]), nib.load(case["label"])
         assert image.shape == label.shape == shape
-        assert set(np.unique(np.asarray(label.dataobj))) == set(range(7))
+        assert set(np.unique(np.asarray(label.dataobj))) == set(range(len(dataset.CLASSES)))
     # Image and mask of CT B have their axes the other way round; in space they lie on each other.
     ct_b = nib.as_closest_canonical(nib.load(validation["image"]))
     mask = nib.as_closest_canonical(nib.load(validation["label"]))
@@ -86,3 +86,10 @@ def test_missing_data_set_and_section(tmp_path: Path, ct_organs: Path) -> None:
         dataset.cases("training", tmp_path)
     with pytest.raises(ValueError, match="choose training, validation or shift"):
         dataset.cases("test", ct_organs)
+
+
+def test_an_older_preparation_is_done_again(tmp_path: Path, ct_organs: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"labels": {"0": "background", "1": "spleen"}}')
+    dataset.prepare(tmp_path)
+    for name in ("dataset.json", "ct_a_label.nii.gz"):
+        assert (tmp_path / name).read_bytes() == (ct_organs / name).read_bytes()
