@@ -78,7 +78,8 @@ def conditions(attacks: Mapping[str, Attack], protocols: Sequence[str] = (WHOLE,
     for name, attack in attacks.items():
         if attack.targeted:
             raise ValueError(f"expected an untargeted attack, got {name}: the true label as a target would be help")
-        norm, eps = getattr(attack, "norm", ""), getattr(attack, "eps", 0.0)
+        norm: Any = getattr(attack, "norm", "")
+        eps = getattr(attack, "eps", 0.0)
         noise = RandomNoise(norm=norm, eps=eps) if norm else None
         if noise is not None and noise not in given:
             given.append(noise)
