@@ -15,5 +15,5 @@ class VAFA2D(VAFA):
     ran 10 steps whatever was asked for, which ``steps=10`` gives.
     """
 
-    block_size: tuple[int, ...] = (8, 8)
+    block_size: tuple[int, ...] = (32, 32)
     ssim_weight: float = 0.0

@@ -9,6 +9,7 @@ import torch
 from monai.losses import DiceCELoss
 
 from medrobust.attacks import VAFA, DiceCE, SoftDice
+from tests.oracles import LinearObjective
 from tests.vafa_oracle import (
     assert_follows,
     coefficients,
@@ -98,9 +99,13 @@ def test_one_step_in_single_precision() -> None:
 
 
 def test_settings_left_open_are_resolved_and_printed() -> None:
-    paper, reference = VAFA(q_max=30), VAFA(q_max=30, reference=True)
-    assert (paper.setting("q_min"), paper.setting("q_init")) == (1, 30)
-    assert (reference.setting("q_min"), reference.setting("q_init")) == (5, 30)
+    names = ("q_min", "q_init", "step_size", "solver")
+    paper, soft, reference = VAFA(q_max=30), VAFA(q_max=30, solver="soft"), VAFA(q_max=30, reference=True)
+    assert [paper.setting(name) for name in names] == [1, 1, 7.5, "projected"]
+    assert [soft.setting(name) for name in names] == [1, 30, 1, "soft"]
+    assert [reference.setting(name) for name in names] == [5, 30, 1, "soft"]
+    assert [VAFA(q_max=0.5).setting(name) for name in names[:2]] == [0.5, 0.5]
+    assert VAFA(q_min=3).setting("q_init") == 3
     assert paper.setting("objective") == SoftDice(include_background=False)
     assert reference.setting("objective") == DiceCE()
     assert (VAFA(q_min=3, reference=True).setting("q_min"), VAFA(q_init=4).setting("q_init")) == (3, 4)
@@ -127,10 +132,10 @@ def test_steps_are_obeyed(steps: int) -> None:
     assert len(list(VAFA(steps=steps, block_size=(4, 4, 4)).trajectory(model, image, label))) == steps + 1
 
 
-def test_the_default_mode_walks_by_the_sign_of_its_own_gradient() -> None:
+def test_the_soft_solver_walks_by_the_sign_of_its_own_gradient() -> None:
     """Same loop without the stretch: clipped to [0, 1], soft Dice of the foreground, tables in [1, q_max]."""
     model, (image, label) = toy_network(1, 3, 3), toy_case(2, 1, 8, 8, 8, low=0.3, high=0.7)
-    attack = VAFA(steps=5, block_size=(4, 4, 4), q_init=3, q_max=5)
+    attack = VAFA(steps=5, block_size=(4, 4, 4), q_init=3, q_max=5, solver="soft")
     taken = list(attack.trajectory(model, image, label))
     moved = 0
     for i, (now, after) in enumerate(pairwise(taken)):
@@ -159,7 +164,14 @@ def test_targeted_takes_the_opposite_first_step(reference: bool) -> None:
     first = []
     for targeted in (False, True):
         attack = VAFA(
-            steps=2, block_size=(4, 4, 4), q_min=10, q_init=15, ssim_weight=0, targeted=targeted, reference=reference
+            steps=2,
+            block_size=(4, 4, 4),
+            q_min=10,
+            q_init=15,
+            ssim_weight=0,
+            targeted=targeted,
+            solver="soft",
+            reference=reference,
         )
         taken = list(attack.trajectory(model, image, label))
         first.append(taken[1].q - taken[0].q)
@@ -178,7 +190,10 @@ def test_the_second_call_equals_the_first_and_a_case_stands_alone(reference: boo
         torch.testing.assert_close(alone, image_adv[case : case + 1], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"reference": True}, {"q_init": 1.0}, {"q_min": 2.5, "step_size": 3.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"solver": "soft"}, {"reference": True}, {"q_init": 1.0, "solver": "soft"}, {"q_min": 2.5, "step_size": 3.0}],
+)
 def test_tables_stay_in_their_bounds(options: dict[str, float]) -> None:
     model, (image, label) = toy_network(1, 3, 3), toy_case(1, 1, 8, 8, 8)
     attack = VAFA(q_max=8, steps=10, block_size=(4, 4, 4), **options)
@@ -188,16 +203,16 @@ def test_tables_stay_in_their_bounds(options: dict[str, float]) -> None:
     assert max(step.q.max() for step in taken) == 8
 
 
-@pytest.mark.parametrize("final", ["soft", "hard"])
+@pytest.mark.parametrize("options", [{}, {"solver": "soft"}, {"solver": "soft", "final": "hard"}])
 @pytest.mark.parametrize(
     ("shape", "block"), [((1, 2, 13, 9, 7), (4, 4, 4)), ((2, 1, 5, 6, 3), (8, 8, 8)), ((2, 1, 8, 8, 8), (4, 4, 4))]
 )
 def test_no_block_changes_by_more_than_half_a_quantum(
-    shape: tuple[int, ...], block: tuple[int, int, int], final: str
+    shape: tuple[int, ...], block: tuple[int, int, int], options: dict[str, str]
 ) -> None:
     """Rounding moves an orthonormal coefficient by at most q / 2, so a block's RMS by at most q_max / 2."""
     model, (image, label) = toy_network(shape[1], 3, 3), toy_case(*shape)
-    image_adv = VAFA(q_max=20, steps=4, block_size=block, final=final)(model, image, label)
+    image_adv = VAFA(q_max=20, steps=4, block_size=block, **options)(model, image, label)
     assert image_adv.shape == image.shape
     assert image_adv.min() >= 0
     assert image_adv.max() <= 1
@@ -210,12 +225,12 @@ def test_no_block_changes_by_more_than_half_a_quantum(
 
 
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("final", ["soft", "hard"])
-def test_constant_images_and_slices_stay_finite(value: float, final: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"solver": "soft"}, {"solver": "soft", "final": "hard"}])
+def test_constant_images_and_slices_stay_finite(value: float, options: dict[str, str]) -> None:
     model, (image, label) = toy_network(1, 3, 3), toy_case(2, 1, 8, 8, 8)
     image[0] = value
     image[1, :, :, :, 2:6] = value
-    image_adv = VAFA(steps=4, block_size=(4, 4, 4), final=final)(model, image, label)
+    image_adv = VAFA(steps=4, block_size=(4, 4, 4), **options)(model, image, label)
     assert torch.isfinite(image_adv).all()
     assert (image_adv - image).abs().mean() < 10 / 255
 
@@ -231,16 +246,16 @@ def test_reference_leaves_a_constant_slice_as_it_was() -> None:
     assert image_adv[..., 4:].amax((-3, -2)).min() == 1
 
 
-@pytest.mark.parametrize("final", ["soft", "hard"])
-def test_a_tiny_table_gives_the_image_back(final: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"solver": "soft"}, {"solver": "soft", "final": "hard"}])
+def test_a_tiny_table_gives_the_image_back(options: dict[str, str]) -> None:
     model, (image, label) = toy_network(1, 3, 3), toy_case(1, 1, 8, 8, 8)
-    attack = VAFA(q_max=1e-4, q_min=1e-4, steps=2, block_size=(4, 4, 4), final=final)
+    attack = VAFA(q_max=1e-4, q_min=1e-4, steps=2, block_size=(4, 4, 4), **options)
     torch.testing.assert_close(attack(model, image, label), image, rtol=0, atol=1e-5)
 
 
 def test_final_hard_is_on_the_lattice_of_its_tables() -> None:
     model, (image, label) = toy_network(1, 3, 3), toy_case(2, 1, 8, 8, 8, low=0.3, high=0.7)
-    attack = VAFA(q_max=12, q_min=12, steps=3, block_size=(4, 4, 4), final="hard")
+    attack = VAFA(q_max=12, q_min=12, steps=3, block_size=(4, 4, 4), final="hard", solver="soft")
     image_adv = attack(model, image, label).numpy()
     assert image_adv.min() > 0
     assert image_adv.max() < 1
@@ -257,7 +272,7 @@ def test_the_best_step_of_each_case_is_returned(ssim_weight: float) -> None:
     """Judged by what the attack raises: soft Dice plus the weighted similarity. Hard, its tables are rendered again."""
     block = (4, 4, 4)
     model, (image, label) = toy_network(1, 3, 3), toy_case(2, 1, 8, 8, 8, low=0.3, high=0.7)
-    attack = VAFA(steps=6, step_size=4, block_size=block, ssim_weight=ssim_weight)
+    attack = VAFA(steps=6, step_size=4, block_size=block, ssim_weight=ssim_weight, solver="soft")
     taken = list(attack.trajectory(model, image, label))
     soft, hard = attack(model, image, label), replace(attack, final="hard")(model, image, label)
     best = []
@@ -277,6 +292,57 @@ def test_the_best_step_of_each_case_is_returned(ssim_weight: float) -> None:
     # Neither the first step nor the last one, which an attack that keeps no score would return.
     assert min(best) > 0
     assert max(best) < 6
+
+
+def test_every_projected_step_is_what_true_rounding_with_its_tables_gives() -> None:
+    block = (4, 4, 4)
+    model, (image, label) = toy_network(1, 3, 3), toy_case(2, 1, 8, 8, 8, low=0.3, high=0.7)
+    taken = list(VAFA(steps=5, block_size=block).trajectory(model, image, label))
+    assert len(taken) == 6
+    assert (taken[0].q == 1).all()
+    for step in taken:
+        assert step.q.min() >= 1
+        assert step.q.max() <= 20
+        rounded = render(image.numpy(), step.q.numpy(), 0, block) / 255
+        np.testing.assert_allclose(step.image_adv.numpy(), rounded, rtol=0, atol=1e-9)
+    assert (taken[-1].image_adv - image).abs().max() > 5 / 255
+
+
+@pytest.mark.parametrize(("q_min", "q_max"), [(1.0, 20.0), (5.0, 9.0)])
+def test_the_projected_solver_reaches_the_worst_tables_of_a_linear_model(q_min: float, q_max: float) -> None:
+    """Where the objective is linear in the voxels, each coefficient has its own worst quantum."""
+    block, weight = (4, 4, 4), LinearObjective()
+    image, label = toy_case(1, 1, 8, 8, 8, low=0.3, high=0.7)
+    attack = VAFA(
+        q_min=q_min, q_max=q_max, steps=10, step_size=q_max, block_size=block, ssim_weight=0, objective=weight
+    )
+    image_adv = attack(lambda x: x, image, label)
+
+    c = coefficients(image.numpy(), block)
+    slope = coefficients(weight.weights(image).numpy() + 128 / 255, block)  # the shift by 128 taken back
+    grid = np.linspace(q_min, q_max, 4001)
+    reachable = np.round(c[..., None] / grid) * grid
+    best = (slope[..., None] * (reachable - c[..., None])).max(-1).sum() / 255 / 255
+    reached = (weight(image_adv, label) - weight(image, label)).item()
+    assert reached > 0.995 * best
+    assert reached < 1.005 * best
+    assert (
+        weight(replace(attack, solver="soft")(lambda x: x, image, label), label) - weight(image, label)
+    ) < 0.9 * best
+
+
+def test_the_projected_solver_is_stronger_at_equal_steps_and_bounds() -> None:
+    for seed in range(3):
+        model, (image, label) = toy_network(1, 3, 3, seed=seed), toy_case(2, 1, 8, 8, 8, low=0.3, high=0.7)
+        attack = VAFA(steps=8, block_size=(4, 4, 4), ssim_weight=0)
+        harm = [SoftDice()(model(a(model, image, label)), label) for a in (attack, replace(attack, solver="soft"))]
+        assert (harm[0] > harm[1]).all()
+
+
+@pytest.mark.parametrize("options", [{"solver": "newton"}, {"solver": "projected", "reference": True}])
+def test_an_unknown_solver_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected solver='projected' or 'soft'"):
+        VAFA(**options)
 
 
 def test_dice_ce_gives_the_published_number() -> None:

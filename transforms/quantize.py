@@ -32,3 +32,27 @@ def soft_round(u: Tensor, alpha: float) -> Tensor:
 def quantize(coefficients: Tensor, q: Tensor, alpha: float) -> Tensor:
     """Coefficients rounded to multiples of ``q`` (broadcastable, positive, in the coefficients' unit)."""
     return soft_round(coefficients / q, alpha) * q
+
+
+def nearest_quantum(coefficients: Tensor, target: Tensor, q_min: float, q_max: float) -> Tensor:
+    """The q in [q_min, q_max] with which exact rounding brings each coefficient nearest to its target.
+
+    What rounding can make of a coefficient c >= 0 is the union, over whole numbers k, of the intervals k q with
+    c / (k + 1/2) <= q <= c / (k - 1/2) and q in its bounds. Only two of them count: that of the smallest possible k,
+    which q_max may cut, and the next one, which contains all further ones. Negative coefficients mirror.
+
+    Args:
+        coefficients, target: of one shape and unit.
+        q_min, q_max: 0 < q_min <= q_max, in the coefficients' unit.
+    """
+    size = coefficients.abs()
+    target = torch.where(coefficients < 0, -target, target)
+    k = torch.ceil(size / q_max - 0.5).clamp_min(0)
+    # A hair inside the intervals: on their ends, an error of rounding in c makes k the next number.
+    half = 0.499
+    first = torch.where(k > 0, target / k.clamp_min(1), q_max)
+    first = torch.maximum(first, size / (k + half)).clamp(q_min, q_max)
+    upper = size / (k + 1 - half)
+    second = torch.minimum(torch.maximum(target / (k + 1), size / (k + 1 + half)).clamp_min(q_min), upper)
+    nearer = ((k + 1) * second - target).abs() < (k * first - target).abs()
+    return torch.where(nearer & (upper >= q_min), second, first)
