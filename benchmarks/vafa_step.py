@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,22 @@ from medrobust.transforms.quantize import quantize
 SIDE, BATCH = 96, 1
 
 
-def corners(block: int) -> list[tuple[int, int, int]]:
-    return list(itertools.product(range(0, SIDE, block), repeat=3))
+def corners(size: Sequence[int], block: int) -> list[tuple[int, ...]]:
+    return list(itertools.product(*(range(0, side, block) for side in size)))
 
 
 def cut(x: Tensor, block: int) -> Tensor:
-    out = x.new_zeros(*x.shape[:2], len(corners(block)), block, block, block)
-    for n, (i, j, k) in enumerate(corners(block)):
+    places = corners(x.shape[2:], block)
+    out = x.new_zeros(*x.shape[:2], len(places), block, block, block)
+    for n, (i, j, k) in enumerate(places):
         out[:, :, n] = x[:, :, i : i + block, j : j + block, k : k + block]
     return out
 
 
-def paste(blocks: Tensor, block: int) -> Tensor:
-    out = blocks.new_zeros(*blocks.shape[:2], SIDE, SIDE, SIDE)
-    for n, (i, j, k) in enumerate(corners(block)):
+def paste(blocks: Tensor, size: Sequence[int]) -> Tensor:
+    block = blocks.shape[-1]
+    out = blocks.new_zeros(*blocks.shape[:2], *size)
+    for n, (i, j, k) in enumerate(corners(size, block)):
         out[:, :, i : i + block, j : j + block, k : k + block] = blocks[:, :, n]
     return out
 
@@ -54,11 +57,14 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
     return (((2 * mx * my + 1e-4) * (2 * cov + 9e-4)) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean()
 
 
+def published_render(image: Tensor, q: Tensor) -> Tensor:
+    coefficients = torch_dct.dct_3d(255 * cut(image, q.shape[-1]) - 128, norm="ortho")
+    return (paste(torch_dct.idct_3d(quantize(coefficients, q, 0.1), norm="ortho"), image.shape[2:]) + 128) / 255
+
+
 def published_step(image: Tensor, q: Tensor, block: int) -> Tensor:
     q = q.detach().requires_grad_()
-    coefficients = torch_dct.dct_3d(255 * cut(image, block) - 128, norm="ortho")
-    levels = paste(torch_dct.idct_3d(quantize(coefficients, q, 0.1), norm="ortho"), block) + 128
-    adversarial = levels / 255
+    adversarial = published_render(image, q)
     score = adversarial.mean() - (1 - similarity(cut(image, block), cut(adversarial, block)))
     (gradient,) = torch.autograd.grad(score, q)
     return (q + gradient.sign()).clamp(5, 20)
@@ -77,7 +83,7 @@ def main() -> None:
     label = (image > 0.5).long()
     for block in (32, 8):
         steps = 3
-        q = torch.full((BATCH, 1, len(corners(block)), block, block, block), 20.0)
+        q = torch.full((BATCH, 1, len(corners([SIDE] * 3, block)), block, block, block), 20.0)
         start = time.perf_counter()
         for _ in range(steps):
             q = published_step(image, q, block)

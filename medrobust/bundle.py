@@ -103,9 +103,9 @@ class Bundle:
 
     @property
     def model(self) -> str:
-        """Name of the network and hash of its weights."""
+        """Name of the network, of its weights' file and hash of its weights."""
         digest = hashlib.sha256(self.weights_path.read_bytes()).hexdigest()
-        return f"{type(self.network).__name__} sha256:{digest[:12]}"
+        return f"{type(self.network).__name__} {self.weights_path.name} sha256:{digest[:12]}"
 
     @cached_property
     def inferer(self) -> Inferer:

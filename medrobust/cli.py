@@ -99,19 +99,21 @@ def evaluate(
         settings = {key: value for key, value in locals().items() if key != "note"}
         run, cases = _prepare(**settings)
         _go(run, cases)
-        _report(run.records_path, run.folder, note or [])
+        _report([run.records_path], run.folder, note or [])
 
 
 @app.command()
 def report(
-    records: Annotated[Path, typer.Argument(help="records.csv, or the folder of a run.")],
+    records: Annotated[list[Path], typer.Argument(help="records.csv, or the folder of a run; several: side by side.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: beside the records.")] = None,
     note: Annotated[list[str] | None, typer.Option(help="A line for the report's notes.")] = None,
 ) -> None:
     """Write report.html and report.md from records (and pictures, where a run has them)."""
     with told():
-        path = records / "records.csv" if records.is_dir() else records
-        _report(path, output or path.parent, note or [])
+        paths = [path / "records.csv" if path.is_dir() else path for path in records]
+        if len(paths) > 1 and output is None:
+            raise ValueError("expected --output for the report of several runs, got none")
+        _report(paths, output or paths[0].parent, note or [])
 
 
 @app.command()
@@ -170,7 +172,7 @@ def demo(
             "Trained on one CT exam (CT A), evaluated on another (CT B: contrast agent, arms down).",
             "The reference masks come from TotalSegmentator, not from a human: Dice is agreement with that model.",
         ]
-        _report(run.records_path, run.folder, notes)
+        _report([run.records_path], run.folder, notes)
 
 
 def main() -> None:
@@ -312,8 +314,8 @@ def _go(run: Run, cases: Sequence[Mapping[str, Any]]) -> None:
         err.print(f"[yellow]case {_escape(case)} failed:[/] {_escape(why)}", highlight=False, soft_wrap=True)
 
 
-def _report(path: Path, target: Path, notes: Sequence[str]) -> None:
-    """Write the report of a run's records; exit with 1 where cases failed."""
+def _report(paths: Sequence[Path], target: Path, notes: Sequence[str]) -> None:
+    """Write the report of runs' records; exit with 1 where cases failed."""
     from rich.markdown import Markdown
 
     from medrobust.atomic import write_text
@@ -321,14 +323,19 @@ def _report(path: Path, target: Path, notes: Sequence[str]) -> None:
     from medrobust.report import html, markdown
     from medrobust.run import read_failures
 
-    failures = read_failures(path.parent)
-    if not path.is_file():
-        if failures:
-            raise typer.Exit(1)
-        raise FileNotFoundError(f"expected records in {path}, got none: run `medrobust evaluate` first")
-    records = read_csv(path)
-    notes = [*notes, *(f"Case {case} failed; what it lacks is in no number: {why}" for case, why in failures.items())]
-    pictures = sorted((path.parent / "pictures").glob("*.png"), key=lambda picture: picture.stat().st_mtime_ns)
+    failures = [item for path in paths for item in read_failures(path.parent).items()]
+    missing = [path for path in paths if not path.is_file()]
+    if missing and failures:
+        raise typer.Exit(1)
+    if missing:
+        raise FileNotFoundError(f"expected records in {missing[0]}, got none: run `medrobust evaluate` first")
+    records = [record for path in paths for record in read_csv(path)]
+    notes = [*notes, *(f"Case {case} failed; what it lacks is in no number: {why}" for case, why in failures)]
+    pictures = [
+        picture
+        for path in paths
+        for picture in sorted((path.parent / "pictures").glob("*.png"), key=lambda picture: picture.stat().st_mtime_ns)
+    ]
     summary = markdown(records, notes=notes)
     write_text(target / "report.md", summary)
     write_text(target / "report.html", html(records, pictures, notes=notes))

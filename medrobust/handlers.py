@@ -29,6 +29,7 @@ from medrobust.attacks.base import Attack, frozen
 from medrobust.attacks.objectives import predict
 from medrobust.inferers import bind
 from medrobust.io import save_volume, stem, unused
+from medrobust.schedules import Schedule, attack_of
 from medrobust.tiles import attack_tiles
 
 PROTOCOLS = ("whole volume", "tiles")
@@ -39,7 +40,7 @@ class _Crafting:
 
     def __init__(
         self,
-        attack: Attack,
+        attack: Attack | Schedule,
         *,
         inferer: Inferer | None = None,
         protocol: str = "whole volume",
@@ -47,10 +48,11 @@ class _Crafting:
         seed: int = 0,
         image_key: str = "image",
         target_key: str | None = None,
+        autocast: str | None = None,
     ) -> None:
         """
         Args:
-            attack: any attack of the package.
+            attack: any attack of the package, or a schedule of attacks (``medrobust.schedules``).
             inferer: attack through this one; ``None`` is the engine's own, which is what gets deployed.
             protocol: ``"whole volume"`` attacks through the inferer; ``"tiles"`` attacks disjoint windows one by one,
                 as the literature does (it needs a sliding-window inferer).
@@ -60,8 +62,10 @@ class _Crafting:
             image_key: the image's key in the batch.
             target_key: the key of the label map that a targeted attack wants to see; the label itself would be no
                 attack but help.
+            autocast: craft in this lower precision, such as ``"bfloat16"``; ``None`` crafts in the precision of the
+                image, whatever the engine's own, because gradients of single voxels are tiny.
         """
-        if attack.targeted != (target_key is not None):
+        if isinstance(attack, Attack) and attack.targeted != (target_key is not None):
             raise ValueError(f"expected target_key with a targeted attack and only then, got {target_key!r}")
         if protocol not in PROTOCOLS:
             raise ValueError(f"expected a protocol among {PROTOCOLS}, got {protocol!r}")
@@ -72,28 +76,30 @@ class _Crafting:
         self.seed = seed
         self.image_key = image_key
         self.target_key = target_key
+        self.autocast = None if autocast is None else getattr(torch, autocast)
 
     def craft(self, engine: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """The adversarial twin of the current batch's image with that image's metadata, and the network's arguments."""
         state = engine.state
         source = state.batch[self.image_key]
-        prepared = engine.prepare_batch(state.batch, state.device, engine.non_blocking, **engine.to_kwargs)
-        image, label, args, kwargs = prepared if len(prepared) == 4 else (*prepared, (), {})
+        image, label, args, kwargs = prepare(engine)
         if self.target_key is not None:
             label = state.batch[self.target_key].to(state.device)
         if label is None and not self.label_free:
             raise ValueError("expected a label in the batch, got none: set label_free=True to attack the prediction")
         network, inferer = bare(engine.network), self.inferer or engine.inferer
         generator = torch.Generator().manual_seed(self.seed + state.rank + 100_003 * state.iteration)
+        attack = attack_of(self.attack, epochs_passed(engine), generator)
         model = bind(network, inferer, *args, **kwargs)
-        if self.protocol == "whole volume":
-            image_adv = self.attack(model, image, None if self.label_free else label, generator=generator)
-        elif isinstance(inferer, SlidingWindowInferer):
-            target = own_prediction(self.attack, model, image) if self.label_free else label
-            tile = bind(network, None, *args, **kwargs)
-            image_adv = attack_tiles(self.attack, tile, image, target, inferer.roi_size, generator=generator)
-        else:
-            raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(inferer).__name__}")
+        with torch.autocast(image.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            if self.protocol == "whole volume":
+                image_adv = attack(model, image, None if self.label_free else label, generator=generator)
+            elif isinstance(inferer, SlidingWindowInferer):
+                target = own_prediction(attack, model, image) if self.label_free else label
+                tile = bind(network, None, *args, **kwargs)
+                image_adv = attack_tiles(attack, tile, image, target, inferer.roi_size, generator=generator)
+            else:
+                raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(inferer).__name__}")
         return with_meta_of(source, image_adv), args, kwargs
 
 
@@ -167,6 +173,19 @@ class SaveAdversarial:
             rank = f"_rank{engine.state.rank}" if engine.state.rank else ""
             path = self.output_dir / f"{name}{rank}_adv.nii.gz"
             save_volume(volume.as_tensor(), path, affine=volume.affine, meta=volume.meta)
+
+
+def prepare(engine: Any) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+    """The current batch's image, label and the network's further arguments, as the engine itself takes them."""
+    prepared = engine.prepare_batch(engine.state.batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)
+    image, label, args, kwargs = prepared if len(prepared) == 4 else (*prepared, (), {})
+    return image, label, args, kwargs
+
+
+def epochs_passed(engine: Any) -> float:
+    """Epochs before the current iteration, a fraction within an epoch."""
+    state = engine.state
+    return float((state.iteration - 1) / state.epoch_length if state.epoch_length else state.epoch - 1)
 
 
 def own_prediction(attack: Attack, model: nn.Module, image: Tensor) -> Tensor:

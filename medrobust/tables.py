@@ -108,6 +108,7 @@ def contents(
     return {
         "title": title,
         "models": models,
+        "comparison": _comparison(models),
         "notes": [*notes, *_notes(records)],
         "provenance": {
             "Cases": str(len(_unique(record.case for record in records))),
@@ -118,6 +119,24 @@ def contents(
         },
         "attacks": _attacks(records),
     }
+
+
+def _comparison(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean Dice of several models under the same conditions, a line each; nothing for a single model."""
+    if len(models) < 2:
+        return []
+    dice = [
+        {(line["condition"], line["protocol"], line["budget"]): line["dice"] for line in model["lines"]}
+        for model in models
+    ]
+    found = {}
+    for model in models:
+        for line in model["lines"]:
+            # Noise matched to an attack's norm has another budget on another model, and is no common condition.
+            key = (line["condition"], line["protocol"], line["budget"])
+            if all(key in one for one in dice):
+                found[key] = {**line, "cells": [one[key] for one in dice]}
+    return list(found.values())
 
 
 def _model(name: str, records: list[Record], controls: Collection[str] | None) -> dict[str, Any]:

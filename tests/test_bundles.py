@@ -21,14 +21,20 @@ import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_net_in_out
 from monai.utils import set_determinism
 
-from medrobust.data import btcv
+from medrobust.data import acdc, btcv
 from medrobust.data.ct_organs import CLASSES as CT_CLASSES
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 NAMES = sorted(path.parent.name for path in BUNDLES.glob("*/configs"))
-CLASSES = {"btcv_unetr": btcv.CLASSES, "ct_organs_unetr": CT_CLASSES}
-SMALL = {"network_def#feature_size": 4, "network_def#hidden_size": 24, "network_def#mlp_dim": 24}
-SMALL["network_def#num_heads"] = 2
+CLASSES = {"acdc_unetr_pp": acdc.CLASSES, "btcv_unetr": btcv.CLASSES, "ct_organs_unetr": CT_CLASSES}
+INTENSITY = {"acdc_unetr_pp": ("lowest_percentile", "highest_percentile")}
+SMALL: dict[str, Any] = {"network_def#feature_size": 4, "network_def#hidden_size": 24, "network_def#num_heads": 2}
+SMALLER: dict[str, dict[str, Any]] = {
+    "acdc_unetr_pp": {**SMALL, "network_def#depths": [1, 1, 1, 1], "network_def#proj_size": [4, 4, 4, 4]},
+    "btcv_unetr": {**SMALL, "network_def#mlp_dim": 24},
+    "ct_organs_unetr": {**SMALL, "network_def#mlp_dim": 24},
+}
+"""What makes each network small; ``ct_organs_unetr`` runs in its own size elsewhere."""
 FILES = ("LICENSE", "configs/logging.conf", "configs/metadata.json", "configs/train.yaml", "configs/evaluate.yaml")
 FILES = (*FILES, "configs/inference.yaml", "docs/README.md")
 
@@ -143,15 +149,41 @@ def btcv_tree(ct_organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def settings(ct_organs: Path, btcv_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def acdc_tree(ct_organs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two crops of MR D, every second slice, in ACDC's tree and classes; three of its structures play the heart."""
+    tree = tmp_path_factory.mktemp("acdc")
+    image, label = (nib.load(ct_organs / f"{name}.nii.gz") for name in ("mr_d", "mr_d_label"))
+    boxes = {1: (slice(0, 109), slice(0, 88), slice(0, 19, 2)), 2: (slice(6, 115), slice(3, 91), slice(1, 20, 2))}
+    for number, box in boxes.items():
+        name = f"patient{number:03d}"
+        (tree / "training" / name).mkdir(parents=True)
+        (tree / "training" / name / "Info.cfg").write_text("ED: 1\nES: 12\nNbFrame: 30\n", encoding="utf-8")
+        values = np.asarray(label.slicer[box].dataobj)
+        structures = np.where(values <= 3, values, 0).astype(np.uint8)
+        for frame in ("frame01", "frame12"):
+            stem = tree / "training" / name / f"{name}_{frame}"
+            nib.save(image.slicer[box], f"{stem}.nii.gz")
+            nib.save(nib.Nifti1Image(structures, image.slicer[box].affine), f"{stem}_gt.nii.gz")
+    first, _, second, _ = acdc.cases(tree)
+    (tree / "split.json").write_text(json.dumps({"training": [first], "validation": [second]}), encoding="utf-8")
+    return tree
+
+
+@pytest.fixture(scope="module")
+def settings(
+    ct_organs: Path, btcv_tree: Path, acdc_tree: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """What makes each bundle small: overrides for every configuration, with random weights of the small network."""
     small: dict[str, dict[str, Any]] = {
-        "btcv_unetr": {"dataset_dir": str(btcv_tree), "listing": str(btcv_tree / "split.json"), **SMALL},
+        name: {"dataset_dir": str(tree), "listing": str(tree / "split.json"), **SMALLER[name]}
+        for name, tree in (("acdc_unetr_pp", acdc_tree), ("btcv_unetr", btcv_tree))
+    }
+    small |= {
         "ct_organs_unetr": {"dataset_dir": str(ct_organs)},
     }
     for name, overrides in small.items():
         parser = ConfigParser(yaml.safe_load(Path(configs(name, "train.yaml")[0]).read_text(encoding="utf-8")))
-        parser.update({key: value for key, value in overrides.items() if key in SMALL})
+        parser.update({key: value for key, value in overrides.items() if key in SMALLER[name]})
         weights = tmp_path_factory.mktemp(name) / "random.pt"
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -181,7 +213,7 @@ def test_metadata_and_configurations_tell_the_same(name: str) -> None:
     train, infer = (
         yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in configs(name, "train.yaml", "inference.yaml")
     )
-    for key in ("network_def", "spacing", "roi_size", "hu_min", "hu_max", "num_classes", "amp"):
+    for key in ("network_def", "spacing", "roi_size", *INTENSITY.get(name, ("hu_min", "hu_max")), "num_classes", "amp"):
         assert infer[key] == train[key], key
     assert infer["inferer"] == train["validate"]["inferer"]
     shapes = metadata(name)["network_data_format"]
@@ -208,17 +240,17 @@ def test_a_number_that_is_text_is_found(tmp_path: Path) -> None:
 def test_the_network_takes_and_gives_what_the_metadata_says(name: str) -> None:
     meta, config = str(BUNDLES / name / "configs" / "metadata.json"), configs(name, "inference.yaml")
     verify_net_in_out("network_def", meta_file=meta, config_file=config, device="cpu")
+    wrong = {**SMALLER[name], "network_def#out_channels": 3}
     with pytest.raises(ValueError, match="output channel number"):
-        verify_net_in_out(
-            "network_def", meta_file=meta, config_file=config, device="cpu", **SMALL, **{"network_def#out_channels": 3}
-        )
+        verify_net_in_out("network_def", meta_file=meta, config_file=config, device="cpu", **wrong)
 
 
-def test_the_btcv_network_has_the_published_size() -> None:
-    parser = ConfigParser(yaml.safe_load(Path(configs("btcv_unetr", "train.yaml")[0]).read_text(encoding="utf-8")))
+@pytest.mark.parametrize(("name", "size"), [("btcv_unetr", 92_802_478), ("acdc_unetr_pp", 66_796_012)])
+def test_the_network_has_the_published_size(name: str, size: int) -> None:
+    parser = ConfigParser(yaml.safe_load(Path(configs(name, "train.yaml")[0]).read_text(encoding="utf-8")))
     with torch.device("meta"):
         network = parser.get_parsed_content("network_def")
-    assert sum(value.numel() for value in network.parameters()) == 92_802_478
+    assert sum(value.numel() for value in network.parameters()) == size
 
 
 def test_export_gives_the_same_network(settings: dict[str, dict[str, Any]], tmp_path: Path) -> None:
@@ -239,6 +271,9 @@ def test_export_gives_the_same_network(settings: dict[str, dict[str, Any]], tmp_
         torch.testing.assert_close(torch.jit.load(str(target))(image), network(image), rtol=1e-4, atol=1e-4)
 
 
+REGIMES = {"adversarial": [], "noise": [], "vaft": ["loss_clean", "loss_adv", "loss_fr"]}
+"""What every bundle can train beside clean images, and the terms that its log has."""
+
 COMBINATIONS = [
     (name, files, kind)
     for name in NAMES
@@ -246,6 +281,7 @@ COMBINATIONS = [
         (("train.yaml",), "train"),
         (("train.yaml", "evaluate.yaml"), "train"),
         (("inference.yaml",), "infer"),
+        *((("train.yaml", f"train_{regime}.yaml"), "train") for regime in REGIMES),
         *((("train.yaml", "evaluate.yaml", overlay), "train") for overlay in overlays(name)),
     ]
 ]
@@ -265,26 +301,116 @@ def test_every_configuration_has_the_properties_that_monai_expects(
     assert flow.check_properties() == []
 
 
+def short(name: str, settings: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Overrides for an epoch of one or two iterations and a weak attack."""
+    overrides = {**settings[name], "max_epochs": 1, "val_interval": 1, "crops_per_case": 1, "output_dir": str(folder)}
+    overrides["val_attack#steps"] = 1
+    if name == "ct_organs_unetr":
+        return overrides | {"iterations_per_epoch": 2, "warmup_iterations": 0}
+    return overrides | {"warmup_epochs": 0}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_training_takes_a_step_and_saves_what_evaluation_loads(
     name: str, settings: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    overrides = {**settings[name], "max_epochs": 1, "val_interval": 1, "crops_per_case": 1, "output_dir": str(tmp_path)}
-    if name == "ct_organs_unetr":
-        overrides |= {"iterations_per_epoch": 2, "warmup_iterations": 0}
-    else:
-        overrides["warmup_epochs"] = 0
-    flow = run(workflow(name, "train.yaml", **overrides))
+    flow = run(workflow(name, "train.yaml", **short(name, settings, tmp_path)))
     trainer, evaluator = flow.trainer, flow.evaluator
     assert trainer.state.iteration == (2 if name == "ct_organs_unetr" else 1)
     assert np.isfinite(trainer.state.output[0]["loss"])
-    assert 0 <= evaluator.state.metrics["val_mean_dice"] <= 1
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    metrics = evaluator.state.metrics
+    assert 0 <= metrics["val_mean_dice"] <= 1
+    assert 0 <= metrics["val_mean_dice_adv"] <= 1
+    (row,) = csv.DictReader((tmp_path / "log.csv").read_text(encoding="utf-8").splitlines())
+    assert float(row["val_mean_dice_adv"]) == pytest.approx(metrics["val_mean_dice_adv"])
+    saved, best = (torch.load(tmp_path / file, weights_only=True) for file in ("model.pt", "best.pt"))
     own = flow.network_def.state_dict()
-    assert saved.keys() == own.keys()
-    assert all(torch.equal(saved[key], own[key]) for key in own)
+    assert saved.keys() == best.keys() == own.keys()
+    assert all(torch.equal(saved[key], own[key]) and torch.equal(best[key], own[key]) for key in own)
     started_from = torch.load(settings[name]["ckpt_path"], weights_only=True)
     assert any(not torch.equal(saved[key], started_from[key]) for key in own)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_regime_trains_from_given_weights(
+    name: str, regime: str, settings: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    overrides = short(name, settings, tmp_path) | {"pretrained": settings[name]["ckpt_path"], "val_interval": 9}
+    if regime != "noise":
+        overrides |= {"train_attack#steps": 1, "train_attack#block_size": [8, 8, 8]}
+    flow = run(workflow(name, "train.yaml", f"train_{regime}.yaml", **overrides))
+    (row,) = csv.DictReader((tmp_path / "log.csv").read_text(encoding="utf-8").splitlines())
+    assert [key for key in row if key.startswith("loss_")] == REGIMES[regime]
+    if regime == "vaft":
+        parts = [float(row[key]) for key in REGIMES["vaft"]]
+        assert float(row["loss"]) == pytest.approx(sum(parts), rel=1e-5)
+        assert parts[2] > 0
+    started_from = torch.load(settings[name]["ckpt_path"], weights_only=True)
+    moved = max((now - started_from[key]).abs().max().item() for key, now in flow.network_def.named_parameters())
+    assert 0 < moved < 0.1  # random weights would be further away
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"_target_": "SegResNet", "in_channels": 1, "out_channels": 5, "init_filters": 8},
+        {"_target_": "SwinUNETR", "in_channels": 1, "out_channels": 5, "feature_size": 12},
+        {
+            "_target_": "UNet",
+            "spatial_dims": 3,
+            "in_channels": 1,
+            "out_channels": 5,
+            "channels": [4, 8, 16],
+            "strides": [2, 2],
+        },
+    ],
+    ids=lambda network: str(network["_target_"]),
+)
+def test_another_network_is_one_override(
+    network: dict[str, Any], settings: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    name = "ct_organs_unetr"
+    overrides = short(name, settings, tmp_path) | {"network_def": network, "val_interval": 9}
+    overrides |= {"train_attack#steps": 1, "roi_size": [64, 64, 32], "iterations_per_epoch": 1}
+    flow = run(workflow(name, "train.yaml", "train_vaft.yaml", **overrides))
+    assert type(flow.network_def).__name__ == network["_target_"]
+    assert flow.trainer.state.iteration == 1
+
+
+def test_two_processes_train_a_bundle_together(settings: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """As the model zoo does it: torchrun, DistributedDataParallel, one checkpoint and one log."""
+    name = "ct_organs_unetr"
+    files = [f"configs/{file}.yaml" for file in ("train", "train_vaft", "multi_gpu_train")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "monai.bundle", "run", "--config_file", str(files)]
+    overrides = short(name, settings, tmp_path) | {"train_attack#steps": 1}
+    for key in ("bundle_root", "device"):
+        del overrides[key]
+    for key, value in overrides.items():
+        command += [f"--{key}", str(value)]
+    environment = {**os.environ, "PYTHONPATH": str(BUNDLES.parent), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(command, cwd=BUNDLES / name, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = csv.DictReader((tmp_path / "log.csv").read_text(encoding="utf-8").splitlines())
+    assert row["iteration"] == "1"  # two iterations shared by two processes
+    names = torch.load(tmp_path / "model.pt", weights_only=True).keys()
+    assert not any(key.startswith("module.") for key in names)
+
+
+def test_a_training_on_its_own_validation_patients_stops_before_it_starts(
+    acdc_tree: Path, settings: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    diastole, systole = acdc.cases(acdc_tree)[:2]
+    (tmp_path / "split.json").write_text(
+        json.dumps({"training": [diastole], "validation": [systole]}), encoding="utf-8"
+    )
+    overrides = {**settings["acdc_unetr_pp"], "listing": str(tmp_path / "split.json"), "output_dir": str(tmp_path)}
+    with pytest.raises(RuntimeError) as caught:
+        workflow("acdc_unetr_pp", "train.yaml", **overrides).initialize()
+    assert "1 values of 'patient' in both lists (patient001)" in str(caught.value.__cause__)
+    assert not (tmp_path / "model.pt").exists()
 
 
 # CT A shows no oesophagus, so that organ's Dice is undefined and its summary over one case is empty.

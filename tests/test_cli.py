@@ -60,7 +60,7 @@ def test_evaluate(bundle: Path, tmp_path: Path) -> None:
                 [EPS], abs=1e-6
             )
     assert {r.seed for r in records} == {0}
-    assert all(r.model.startswith("VoxelLinear sha256:") for r in records)
+    assert all(r.model.startswith("VoxelLinear model.pt sha256:") for r in records)
     noise = values(records, condition="noise 8/255", metric="linf")
     assert noise == pytest.approx([EPS, EPS], abs=1e-6)
     assert {r.attack for r in records if r.condition == "FGSM"} == {

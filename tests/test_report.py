@@ -243,11 +243,18 @@ def test_two_models_and_two_budgets_are_told_apart() -> None:
         *rows("PGD", {"a": [0.6, 0.6]}, PGD, "whole volume", model="hardened"),
     ]
     text = html(records)
-    plain, hardened = table(text, 0), table(text, 3)
+    together, plain, hardened = table(text, 0), table(text, 1), table(text, 4)
+    # A stronger attack that one model alone was spared is no comparison.
+    assert together == {
+        "clean": {"plain": "0.900", "hardened": "0.800"},
+        "PGD whole volume, L∞ 8/255, 20 steps": {"plain": "0.200", "hardened": "0.600"},
+    }
+    summary = markdown(records)
+    assert "| PGD, whole volume | L∞ 8/255, 20 steps | 0.200 | 0.600 |" in summary
     assert plain["PGD whole volume, L∞ 8/255, 20 steps"]["Dice drop"] == "0.700"
     assert plain["PGD whole volume, L∞ 16/255, 20 steps"]["Dice drop"] == "0.800"
     assert hardened["PGD whole volume, L∞ 8/255, 20 steps"]["Dice drop"] == "0.200"
-    assert list(table(text, 1)["liver"]) == ["clean", "PGD, L∞ 8/255, 20 steps", "PGD, L∞ 16/255, 20 steps"]
+    assert list(table(text, 2)["liver"]) == ["clean", "PGD, L∞ 8/255, 20 steps", "PGD, L∞ 16/255, 20 steps"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""TRADES' regulariser: the adversarial prediction should be the clean one (Zhang et al., 1901.08573, Eq. 5)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medrobust.attacks.objectives import Head, full_precision, is_softmax
+
+
+class KLConsistencyLoss(nn.Module):
+    """Kullback-Leibler divergence from adversarial to clean probabilities, KL(clean || adversarial), mean over voxels.
+
+    Args:
+        head: ``"softmax"`` sums over classes; ``"sigmoid"`` (and a single channel) sums the divergences of the
+            channels' Bernoulli distributions.
+
+    Raises:
+        ValueError: logits of different shapes.
+    """
+
+    def __init__(self, head: Head = "softmax") -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
+        """(B, K, *S) clean, (B, K, *S) adversarial -> scalar."""
+        if logits.shape != logits_adv.shape:
+            raise ValueError(
+                f"expected clean and adversarial logits of one shape, got {tuple(logits.shape)} and "
+                f"{tuple(logits_adv.shape)}"
+            )
+        with torch.autocast(logits.device.type, enabled=False):
+            log_p, log_q = self._log_probabilities(logits), self._log_probabilities(logits_adv)
+            return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+    def _log_probabilities(self, logits: Tensor) -> Tensor:
+        plain = full_precision(logits.as_subclass(Tensor))
+        if is_softmax(plain, self.head):
+            return F.log_softmax(plain, 1)
+        return torch.cat([F.logsigmoid(plain), F.logsigmoid(-plain)], 1)

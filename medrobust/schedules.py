@@ -1,0 +1,68 @@
+"""Attacks that change while a model trains: any ``(epoch, generator) -> Attack`` can stand where an attack does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from medrobust.attacks.base import Attack
+
+Schedule = Callable[[float, torch.Generator], Attack]
+"""Epochs passed (a fraction within an epoch) and a source of chance -> this iteration's attack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """Grow an attack's strength linearly, then keep it.
+
+    Args:
+        attack: at full strength.
+        epochs: until full strength.
+        setting: what grows, such as ``"eps"`` or ``"q_max"``; settings that follow from it follow here, too.
+        start: share of the full value at the beginning.
+    """
+
+    attack: Attack
+    epochs: float
+    setting: str = "eps"
+    start: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.attack, self.setting):
+            raise ValueError(f"expected a setting of {self.attack!r}, got {self.setting!r}")
+        if self.epochs <= 0 or not 0 < self.start <= 1:
+            raise ValueError(f"expected epochs > 0 and 0 < start <= 1, got {self.epochs} and {self.start}")
+
+    def __call__(self, epoch: float, generator: torch.Generator) -> Attack:
+        share = self.start + (1 - self.start) * min(1.0, epoch / self.epochs)
+        return replace(self.attack, **{self.setting: share * self.attack.setting(self.setting)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Draw one of several attacks for every iteration.
+
+    Args:
+        attacks: attacks or schedules.
+        weights: their relative frequencies; ``None``: equal.
+    """
+
+    attacks: Sequence[Attack | Schedule]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        weights = self.weights
+        if not self.attacks or (weights is not None and (len(weights) != len(self.attacks) or min(weights) < 0)):
+            raise ValueError(f"expected one weight >= 0 per attack, got {self.attacks} and {weights}")
+
+    def __call__(self, epoch: float, generator: torch.Generator) -> Attack:
+        weights = torch.tensor(self.weights or [1.0] * len(self.attacks), dtype=torch.float64)
+        drawn = torch.multinomial(weights, 1, generator=generator)
+        return attack_of(self.attacks[int(drawn)], epoch, generator)
+
+
+def attack_of(attack: Attack | Schedule, epoch: float, generator: torch.Generator) -> Attack:
+    """This iteration's attack."""
+    return attack if isinstance(attack, Attack) else attack(epoch, generator)
