@@ -164,8 +164,15 @@ def demo(
         with out.status("fetching the CT exams (38 MB, once)"):
             ct_organs.prepare()
         _clear_demo(output)
-        attacks = ["gaussian_noise std=8/255", "fgsm eps=8/255", "bim eps=8/255"]
-        attacks += ["pgd eps=8/255 steps=20", "vafa2d q_max=20", "vafa q_max=20 block_size=32,32,16"]
+        strong = ["pgd eps=8/255 steps=20", "vafa q_max=20 block_size=32,32,16"]
+        attacks = [
+            "gaussian_noise std=8/255",
+            "fgsm eps=8/255",
+            "bim eps=8/255",
+            strong[0],
+            "vafa2d q_max=20",
+            strong[1],
+        ]
         run, cases = _prepare(bundle=bundle, output=output, attack=attacks, protocol="both", purpose=DEMO)
         _go(run, cases)
         notes = [

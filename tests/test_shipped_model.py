@@ -40,11 +40,11 @@ def test_clean_dice_is_the_published_one(results: dict[tuple[str, str], Result])
 def test_noise_is_harmless_and_a_single_step_of_the_same_budget_is_not(results: dict[tuple[str, str], Result]) -> None:
     clean = dice(results["clean", ""])
     assert clean - dice(results["noise 8/255", "whole volume"]) < 0.05
-    assert dice(results["FGSM", "whole volume"]) == pytest.approx(0.503, abs=0.01)
+    assert dice(results["FGSM", "whole volume"]) == pytest.approx(0.264, abs=0.01)
 
 
 def test_tiles_overstate_robustness(results: dict[tuple[str, str], Result]) -> None:
-    assert dice(results["FGSM", "tiles"]) == pytest.approx(0.595, abs=0.01)
+    assert dice(results["FGSM", "tiles"]) == pytest.approx(0.398, abs=0.01)
 
 
 def test_weights_fit_into_the_repository() -> None:
