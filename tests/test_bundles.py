@@ -371,7 +371,7 @@ def test_another_network_is_one_override(
     network: dict[str, Any], settings: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     name = "ct_organs_unetr"
-    overrides = short(name, settings, tmp_path) | {"network_def": network, "val_interval": 9}
+    overrides = short(name, settings, tmp_path) | {"network_def": network, "pretrained": None, "val_interval": 9}
     overrides |= {"train_attack#steps": 1, "roi_size": [64, 64, 32], "iterations_per_epoch": 1}
     flow = run(workflow(name, "train.yaml", "train_vaft.yaml", **overrides))
     assert type(flow.network_def).__name__ == network["_target_"]
