@@ -8,6 +8,7 @@ one that walks among the images such tables can make, which is far stronger.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,7 +55,8 @@ class VAFA(Attack):
             as in the published code.
         steps: gradient steps.
         step_size: how far a step moves a coefficient (``"projected"``) or a quantum (``"soft"``), in grey levels of
-            255. ``None`` is ``q_max / 4`` and, as published, 1.
+            255. ``None`` is ``q_max / 4`` and, as published, 1. Steps of the projected solver shrink linearly: this
+            is the first one.
         block_size: block edge lengths in voxels, one per axis. 32 as in the paper's comparisons; its Table 4 and our
             measurements agree that small blocks are weaker.
         solver: ``"projected"`` moves every coefficient along the sign of its gradient and projects it onto what
@@ -93,8 +95,13 @@ class VAFA(Attack):
             raise ValueError(f"expected solver='projected' or 'soft', with reference 'soft', got {self.solver!r}")
         if self.final not in ("soft", "hard"):
             raise ValueError(f"expected final='soft' or 'hard', got {self.final!r}")
-        if self.steps < 0 or min(self.block_size) < 1:
-            raise ValueError(f"expected steps >= 0 and positive block sizes, got {self.steps} and {self.block_size}")
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.steps, *self.block_size))
+        if not whole or self.steps < 0 or min(self.block_size) < 1:
+            raise ValueError(f"expected whole steps >= 0 and block sizes >= 1, got {self.steps} and {self.block_size}")
+        if not (math.isfinite(self.q_max) and self.setting("step_size") > 0):
+            raise ValueError(
+                f"expected a finite q_max and step_size > 0, got {self.q_max} and {self.setting('step_size')}"
+            )
 
     def defaults(self) -> dict[str, Any]:
         soft = self.reference or self.solver == "soft"

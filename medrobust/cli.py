@@ -327,22 +327,22 @@ def _report(paths: Sequence[Path], target: Path, notes: Sequence[str]) -> None:
 
     from medrobust.atomic import write_text
     from medrobust.records import read_csv
-    from medrobust.report import html, markdown
+    from medrobust.report import Picture, caption, html, markdown
     from medrobust.run import read_failures
 
     failures = [item for path in paths for item in read_failures(path.parent).items()]
     missing = [path for path in paths if not path.is_file()]
-    if missing and failures:
+    if missing and len(paths) == 1 and failures:
         raise typer.Exit(1)
     if missing:
         raise FileNotFoundError(f"expected records in {missing[0]}, got none: run `medrobust evaluate` first")
     records = [record for path in paths for record in read_csv(path)]
     notes = [*notes, *(f"Case {case} failed; what it lacks is in no number: {why}" for case, why in failures)]
-    pictures = [
-        picture
-        for path in paths
-        for picture in sorted((path.parent / "pictures").glob("*.png"), key=lambda picture: picture.stat().st_mtime_ns)
-    ]
+    pictures: list[Picture] = []
+    for path in paths:
+        found = sorted((path.parent / "pictures").glob("*.png"), key=lambda picture: picture.stat().st_mtime_ns)
+        model = read_csv(path)[0].model if len(paths) > 1 else ""
+        pictures += [(f"{caption(picture)}, {model}", picture.read_bytes()) if model else picture for picture in found]
     summary = markdown(records, notes=notes)
     write_text(target / "report.md", summary)
     write_text(target / "report.html", html(records, pictures, notes=notes))

@@ -29,7 +29,7 @@ from medrobust.attacks.base import Attack, frozen
 from medrobust.attacks.objectives import predict
 from medrobust.inferers import bind
 from medrobust.io import save_volume, stem, unused
-from medrobust.schedules import Schedule, attack_of
+from medrobust.schedules import Schedule, attack_of, attacks_of
 from medrobust.tiles import attack_tiles
 
 PROTOCOLS = ("whole volume", "tiles")
@@ -65,7 +65,7 @@ class _Crafting:
             autocast: craft in this lower precision, such as ``"bfloat16"``; ``None`` crafts in the precision of the
                 image, whatever the engine's own, because gradients of single voxels are tiny.
         """
-        if isinstance(attack, Attack) and attack.targeted != (target_key is not None):
+        if any(one.targeted != (target_key is not None) for one in attacks_of(attack)):
             raise ValueError(f"expected target_key with a targeted attack and only then, got {target_key!r}")
         if protocol not in PROTOCOLS:
             raise ValueError(f"expected a protocol among {PROTOCOLS}, got {protocol!r}")
@@ -91,15 +91,18 @@ class _Crafting:
         generator = torch.Generator().manual_seed(self.seed + state.rank + 100_003 * state.iteration)
         attack = attack_of(self.attack, epochs_passed(engine), generator)
         model = bind(network, inferer, *args, **kwargs)
-        with torch.autocast(image.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            if self.protocol == "whole volume":
-                image_adv = attack(model, image, None if self.label_free else label, generator=generator)
-            elif isinstance(inferer, SlidingWindowInferer):
-                target = own_prediction(attack, model, image) if self.label_free else label
-                tile = bind(network, None, *args, **kwargs)
-                image_adv = attack_tiles(attack, tile, image, target, inferer.roi_size, generator=generator)
-            else:
-                raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(inferer).__name__}")
+        if self.protocol != "whole volume" and not isinstance(inferer, SlidingWindowInferer):
+            raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(inferer).__name__}")
+        try:
+            with torch.autocast(image.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                if isinstance(inferer, SlidingWindowInferer) and self.protocol == "tiles":
+                    target = own_prediction(attack, model, image) if self.label_free else label
+                    tile = bind(network, None, *args, **kwargs)
+                    image_adv = attack_tiles(attack, tile, image, target, inferer.roi_size, generator=generator)
+                else:
+                    image_adv = attack(model, image, None if self.label_free else label, generator=generator)
+        except ValueError as error:
+            raise ValueError(f"{error} ({where(engine)})") from error
         return with_meta_of(source, image_adv), args, kwargs
 
 
@@ -111,7 +114,7 @@ class CraftAdversarial(_Crafting):
     that the data loader gave is not touched.
     """
 
-    def __init__(self, attack: Attack, *, to: str = "image", **settings: Any) -> None:
+    def __init__(self, attack: Attack | Schedule, *, to: str = "image", **settings: Any) -> None:
         super().__init__(attack, **settings)
         self.to = to
 
@@ -182,10 +185,21 @@ def prepare(engine: Any) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
     return image, label, args, kwargs
 
 
+def where(engine: Any, image_key: str = "image") -> str:
+    """The current epoch, iteration and cases, by file name without folders, for a message."""
+    meta = getattr(engine.state.batch.get(image_key), "meta", {})
+    names = meta.get("filename_or_obj", "an unnamed case")
+    names = [names] if isinstance(names, str) else names
+    cases = ", ".join(dict.fromkeys(stem(str(name)) for name in names))
+    return f"in epoch {engine.state.epoch}, iteration {engine.state.iteration}, on {cases}"
+
+
 def epochs_passed(engine: Any) -> float:
     """Epochs before the current iteration, a fraction within an epoch."""
     state = engine.state
-    return float((state.iteration - 1) / state.epoch_length if state.epoch_length else state.epoch - 1)
+    # A validator counts its iterations from one in every run, and its epochs as its trainer does.
+    within = (state.iteration - 1) % state.epoch_length / state.epoch_length if state.epoch_length else 0
+    return float(state.epoch - 1 + within)
 
 
 def own_prediction(attack: Attack, model: nn.Module, image: Tensor) -> Tensor:

@@ -67,14 +67,17 @@ def markdown(
 
 def _picture(picture: Picture) -> dict[str, str]:
     if isinstance(picture, tuple):
-        caption, png = picture
+        text, png = picture
     else:
-        path = Path(picture)
-        parts = path.stem.removesuffix("__adv").split("__")
-        caption, png = ", ".join(parts).replace("whole-volume", "whole volume"), path.read_bytes()
+        text, png = caption(picture), Path(picture).read_bytes()
     if not png.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError(f"expected a PNG for the picture {caption!r}, got {png[:8]!r}; pass bytes from pictures.panel")
-    return {"caption": caption, "source": _data_uri(png)}
+        raise ValueError(f"expected a PNG for the picture {text!r}, got {png[:8]!r}; pass bytes from pictures.panel")
+    return {"caption": text, "source": _data_uri(png)}
+
+
+def caption(path: str | os.PathLike[str]) -> str:
+    """What a run's picture shows, from its name: case, condition and protocol."""
+    return ", ".join(Path(path).stem.removesuffix("__adv").split("__")).replace("whole-volume", "whole volume")
 
 
 def _data_uri(png: bytes) -> str:

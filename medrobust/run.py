@@ -188,7 +188,7 @@ class Run:
         row = next((row for row in manifest(self.saved) if row.file == path.name), None)
         if row is None or row.sha256 != _sha256(path):
             raise ValueError(f"expected {path.name} as its manifest describes it, got a file that was changed since")
-        return volume, Recorded(text=row.attack, seed=int(row.seed))
+        return volume, Recorded(text=f"saved {row.attack}", seed=int(row.seed))
 
     def _records(self) -> list[Record]:
         return read_csv(self.records_path) if self.records_path.is_file() else []
@@ -254,7 +254,7 @@ def manifest(folder: Path) -> list[Saved]:
 
 def saved_conditions(folder: Path) -> list[Condition]:
     """The conditions that a run's ``volumes`` folder holds, clean first, in the order they were made."""
-    found = {(row.condition, row.protocol): Recorded(text=row.attack) for row in manifest(folder)}
+    found = {(row.condition, row.protocol): Recorded(text=f"saved {row.attack}") for row in manifest(folder)}
     return [CLEAN_CONDITION, *(Condition(name=n, protocol=p, attack=attack) for (n, p), attack in found.items())]
 
 

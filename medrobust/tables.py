@@ -90,6 +90,11 @@ class _Group:
     def budget(self) -> str:
         return budget(self.attacks)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What two lines must share to be compared: the attacks to the last setting, and the cases."""
+        return self.condition, self.protocol, tuple(self.attacks), tuple(sorted({row.case for row in self.rows}))
+
     def pairs(self, *status: str) -> int:
         """How many structures, case by case, have this status."""
         return len({(r.case, r.class_name) for r in self.of("dice") if is_foreground(r) and r.status in status})
@@ -122,21 +127,15 @@ def contents(
 
 
 def _comparison(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean Dice of several models under the same conditions, a line each; nothing for a single model."""
+    """Mean Dice of several models under the very same attacks on the very same cases; nothing for a single model."""
     if len(models) < 2:
         return []
-    dice = [
-        {(line["condition"], line["protocol"], line["budget"]): line["dice"] for line in model["lines"]}
-        for model in models
+    lines = [{line["key"]: line for line in model["lines"]} for model in models]
+    return [
+        {**line, "cells": [one[key]["dice"] for one in lines]}
+        for key, line in lines[0].items()
+        if all(key in one for one in lines) and "saved " not in str(key)
     ]
-    found = {}
-    for model in models:
-        for line in model["lines"]:
-            # Noise matched to an attack's norm has another budget on another model, and is no common condition.
-            key = (line["condition"], line["protocol"], line["budget"])
-            if all(key in one for one in dice):
-                found[key] = {**line, "cells": [one[key] for one in dice]}
-    return list(found.values())
 
 
 def _model(name: str, records: list[Record], controls: Collection[str] | None) -> dict[str, Any]:
@@ -188,7 +187,7 @@ def _groups(records: list[Record], controls: Collection[str] | None) -> list[_Gr
 
 
 def _is_control(attack: str) -> bool:
-    return bool(re.match(r"\w*Noise\(", attack) or re.search(r"\bsteps=0\b", attack))
+    return bool(re.match(r"(saved )?\w*Noise\(", attack) or re.search(r"\bsteps=0\b", attack))
 
 
 def _labels(groups: Sequence[_Group]) -> list[str]:
@@ -211,6 +210,7 @@ def _line(group: _Group, baseline: Mapping[str, float]) -> dict[str, Any]:
     shared = [case for case in dice if case in baseline]
     present, missed = group.pairs("ok", "missed"), group.pairs("missed")
     return {
+        "key": group.key,
         "condition": group.condition,
         "protocol": group.protocol,
         "budget": group.budget,
@@ -235,6 +235,7 @@ def _worst(attacked: Sequence[_Group], baseline: Mapping[str, float]) -> dict[st
         return None
     hd95 = worst_case([group.values("hd95") for group in attacked], higher_is_better=False)
     return {
+        "key": ("worst", *sorted(group.key for group in attacked)),
         "condition": "worst of all, case by case",
         "protocol": "",
         "budget": "",

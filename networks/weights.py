@@ -14,7 +14,7 @@ import torch
 from monai.networks.nets import UNETR
 from torch import Tensor, nn
 
-STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "network")
 """Where training scripts put the weights in a checkpoint that holds more than weights."""
 
 PREFIXES = ("module.", "_orig_mod.")

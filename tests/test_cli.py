@@ -93,7 +93,8 @@ def test_saved_volumes_keep_geometry_and_give_the_same_dice(bundle: Path, tmp_pa
         assert values(after, condition="FGSM", metric=metric) == pytest.approx(
             values(before, condition="FGSM", metric=metric), abs=1e-6
         )
-    assert {r.attack for r in after} == {r.attack for r in before}
+    # Said in the records: such volumes may have been made against another model.
+    assert {r.attack for r in after} == {f"saved {r.attack}" if r.attack else "" for r in before}
     volume = first / "volumes" / "case0__FGSM__whole-volume__adv.nii.gz"
     volume.write_bytes((first / "volumes" / "case1__FGSM__whole-volume__adv.nii.gz").read_bytes())
     text = call("evaluate", "-b", bundle, "-o", tmp_path / "third", "--saved", first / "volumes", code=1)

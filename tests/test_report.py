@@ -250,6 +250,15 @@ def test_two_models_and_two_budgets_are_told_apart() -> None:
         "PGD whole volume, L∞ 8/255, 20 steps": {"plain": "0.200", "hardened": "0.600"},
     }
     summary = markdown(records)
+    # One budget and other settings, another case, or volumes made against another model: no comparison.
+    other = PGD.replace("SoftDice", "CrossEntropy")
+    for strange in (
+        rows("BIM", {"a": [0.5, 0.5]}, other, "whole volume", model="hardened"),
+        rows("BIM", {"b": [0.5, 0.5]}, PGD, "whole volume", model="hardened"),
+        rows("BIM", {"a": [0.5, 0.5]}, f"saved {PGD}", "whole volume", model="hardened"),
+    ):
+        same = rows("BIM", {"a": [0.5, 0.5]}, PGD, "whole volume", model="plain")
+        assert len(table(html([*records, *same, *strange]), 0)) == 2
     assert "| PGD, whole volume | L∞ 8/255, 20 steps | 0.200 | 0.600 |" in summary
     assert plain["PGD whole volume, L∞ 8/255, 20 steps"]["Dice drop"] == "0.700"
     assert plain["PGD whole volume, L∞ 16/255, 20 steps"]["Dice drop"] == "0.800"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medrobust.attacks import FGSM, PGD, VAFA
-from medrobust.schedules import Mix, WarmUp, attack_of
+from medrobust.schedules import Mix, WarmUp, attack_of, attacks_of
 
 
 @pytest.mark.parametrize(("epoch", "share"), [(0, 0.2), (2.5, 0.4), (5, 0.6), (10, 1), (99, 1)])
@@ -56,6 +56,9 @@ def test_a_schedule_within_a_mix_is_resolved() -> None:
         (lambda: WarmUp(attack=FGSM(), epochs=3, setting="q_max"), "expected a setting of"),
         (lambda: WarmUp(attack=FGSM(), epochs=0), "expected epochs > 0"),
         (lambda: WarmUp(attack=FGSM(), epochs=1, start=0), "0 < start <= 1"),
+        (lambda: WarmUp(attack=PGD(), epochs=1, setting="steps"), "expected a setting that can grow"),
+        (lambda: WarmUp(attack=VAFA(q_min=5), epochs=1, setting="q_max"), "q_max=2"),
+        (lambda: Mix(attacks=[FGSM()], weights=[0]), "one weight >= 0 per attack"),
         (lambda: Mix(attacks=[]), "one weight >= 0 per attack"),
         (lambda: Mix(attacks=[FGSM()], weights=[1, 2]), "one weight >= 0 per attack"),
         (lambda: Mix(attacks=[FGSM()], weights=[-1]), "one weight >= 0 per attack"),
@@ -64,3 +67,10 @@ def test_a_schedule_within_a_mix_is_resolved() -> None:
 def test_wrong_settings_are_refused(wrong: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrong()  # type: ignore[operator]
+
+
+def test_all_attacks_of_a_schedule_are_known() -> None:
+    fgsm, pgd = FGSM(), PGD()
+    assert attacks_of(fgsm) == [fgsm]
+    assert attacks_of(Mix(attacks=[fgsm, WarmUp(attack=pgd, epochs=2)])) == [fgsm, pgd]
+    assert attacks_of(lambda epoch, generator: fgsm) == []

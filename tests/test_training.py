@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ignite.engine import Events
-from monai.data import DataLoader, Dataset, ThreadDataLoader
-from monai.engines import SupervisedTrainer
+from monai.data import DataLoader, Dataset, MetaTensor, ThreadDataLoader
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.losses import DiceCELoss
 from oracles import SmallNet, data
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from medrobust.attacks import PGD, VAFA, Attack, CrossEntropy, GaussianNoise
-from medrobust.handlers import CraftAdversarial
+from medrobust.handlers import CraftAdversarial, RobustEvaluation
 from medrobust.losses import FrequencyConsistencyLoss, KLConsistencyLoss
 from medrobust.schedules import Mix, WarmUp
-from medrobust.training import AdversarialForward, ClipGradient, FreeAdversarial, LossTerm
+from medrobust.training import AdversarialForward, ClipGradient, FreeAdversarial, LossTerm, StopOnNaN
 
 ATTACK = PGD(eps=8 / 255, steps=3, objective=CrossEntropy())
 LOSS = DiceCELoss(to_onehot_y=True, softmax=True)
@@ -55,8 +55,7 @@ def trainer(network: nn.Module, loader: Any, handlers: list[Any], **settings: An
         optimizer=optimizer,
         loss_function=settings.pop("loss", LOSS),
         train_handlers=handlers,
-        decollate=False,
-        **settings,
+        **{"decollate": False, **settings},
     )
 
 
@@ -246,6 +245,21 @@ def test_warm_up_follows_the_epochs_and_mix_draws_per_iteration() -> None:
     assert {round(value) for value in seen} == {2, 6}
 
 
+def test_a_validator_s_warm_up_follows_its_trainer_s_epochs() -> None:
+    seen: list[float] = []
+
+    def schedule(epoch: float, generator: torch.Generator) -> Attack:
+        seen.append(epoch)
+        return ATTACK
+
+    engine = SupervisedEvaluator(
+        torch.device("cpu"), batches(2), small_net(), val_handlers=[RobustEvaluation(schedule)], decollate=False
+    )
+    engine.run(global_epoch=7)
+    engine.run(global_epoch=8)
+    assert seen == [6, 6.5, 7, 7.5]
+
+
 def test_free_training_equals_its_algorithm() -> None:
     """Shafahi et al., Algorithm 1, with four replays of every batch."""
     network, by_hand = small_net(), small_net()
@@ -296,6 +310,17 @@ def one_rank(rank: int, folder: str) -> None:
     half = {key: value[rank : rank + 1] for key, value in batch.items()}
     trainer(wrapped, [half, half], vaft_handlers(VAFA_STEP)).run()
     torch.save(network.state_dict(), f"{folder}/rank{rank}.pt")
+    # With batch norm the two differ from one process, but not from each other.
+    normed = small_net()
+    trainer(DistributedDataParallel(normed), [half, half], vaft_handlers(VAFA_STEP)).run()
+    torch.save(dict(normed.named_parameters()), f"{folder}/normed{rank}.pt")
+    # A loss that is not finite on one process stops both before a weight moves.
+    (half["image"] if rank else half["label"])[:] = float("nan") if rank else 0
+    stopped = small_net()
+    try:
+        trainer(DistributedDataParallel(stopped), [half], [StopOnNaN()]).run()
+    except ValueError as error:
+        torch.save({"parameters": dict(stopped.named_parameters()), "error": str(error)}, f"{folder}/nan{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -315,11 +340,23 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(tmp_path: Path) -> None:
     for name, value in alone.state_dict().items():
         assert torch.equal(ranks[0][name], ranks[1][name])
         torch.testing.assert_close(ranks[0][name], value, rtol=1e-5, atol=1e-6)
+    normed, stopped = ([torch.load(tmp_path / f"{file}{rank}.pt") for rank in range(2)] for file in ("normed", "nan"))
+    assert all(torch.equal(value, normed[1][name]) for name, value in normed[0].items())
+    for rank in range(2):
+        assert "expected a finite loss" in stopped[rank]["error"]
+        for name, value in small_net().named_parameters():
+            assert torch.equal(stopped[rank]["parameters"][name], value)
 
 
-def test_a_loader_of_monai_with_metadata_trains(tmp_path: Path) -> None:
-    """Decollation and logs of a real trainer cope with the terms."""
-    items = [{key: value[0] for key, value in batch.items()} for batch in batches(2, batch=1)]
-    engine = trainer(small_net(), DataLoader(Dataset(items), batch_size=2), vaft_handlers())
+def test_terms_survive_decollation_of_images_with_metadata() -> None:
+    items = [
+        {key: MetaTensor(value[0], meta={"filename_or_obj": f"{i}.nii"}) for key, value in batch.items()}
+        for i, batch in enumerate(batches(2, batch=1))
+    ]
+    engine = trainer(small_net(), DataLoader(Dataset(items), batch_size=2), vaft_handlers(), decollate=True)
     engine.run()
-    assert engine.state.output["pred_adv"].shape == engine.state.output["pred"].shape
+    assert len(engine.state.output) == 2
+    for i, out in enumerate(engine.state.output):
+        assert out["loss"] == pytest.approx(out["loss_clean"] + out["loss_adv"] + 0.5 * out["loss_fr"], rel=1e-5)
+        assert out["image"].meta["filename_or_obj"] == f"{i}.nii"
+        assert out["pred_adv"].shape == out["pred"].shape

@@ -23,8 +23,8 @@ from monai.transforms import Compose, RandAdjustContrastd, RandFlipd
 from test_training import LOSS, batches, small_net, trainer, vaft_handlers
 
 from medrobust.attacks import PGD, VAFA
+from medrobust.schedules import WarmUp
 from medrobust.training import CSVLog, EpochSeed, KeepBest, Progress, Resumable, StopOnNaN, check
-from medrobust.training.checks import check_attack
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -119,6 +119,17 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         trainer(small_net(), batches(1), [Resumable(path, network=torch.nn.Conv3d(1, 3, 1))]).run()
 
 
+@pytest.mark.parametrize(("name", "value"), [("attack", "FGSM()"), ("seed", 1)])
+def test_a_training_of_other_settings_is_not_gone_on_with(tmp_path: Path, name: str, value: object) -> None:
+    path, settings = tmp_path / "last.pt", {"attack": "PGD()", "seed": 0}
+    trainer(small_net(), batches(1), [Resumable(path, settings=settings, network=small_net())]).run()
+    other = Resumable(path, settings={**settings, name: value}, network=small_net())
+    with pytest.raises(ValueError, match=f"expected {name} .* in last.pt, got .* start anew"):
+        trainer(small_net(), batches(1), [other]).run()
+    anew = Resumable(path, settings={**settings, name: value}, network=small_net(), resume=False)
+    trainer(small_net(), batches(1), [anew]).run()
+
+
 def validated(network: Any, scores: list[float], folder: Path, epochs: int, patience: int | None) -> Any:
     """A training whose validation gives these scores, one an epoch."""
     validator = SupervisedEvaluator(torch.device("cpu"), batches(1), network)
@@ -149,6 +160,12 @@ def test_the_best_weights_are_kept_and_patience_ends_the_training(tmp_path: Path
         torch.testing.assert_close(kept[0][name], value)
 
 
+def test_a_training_that_patience_ended_does_not_go_on(tmp_path: Path) -> None:
+    validated(small_net(), [0.5, 0.4, 0.3], tmp_path, 9, patience=2)
+    engine, _ = validated(small_net(), [], tmp_path, 9, patience=2)
+    assert engine.state.iteration == 3
+
+
 def test_a_resumed_training_still_knows_its_best(tmp_path: Path) -> None:
     validated(small_net(), [0.2, 0.5], tmp_path, 2, patience=None)
     written = (tmp_path / "best.pt").stat().st_mtime_ns
@@ -162,8 +179,13 @@ def test_an_unknown_metric_is_named(tmp_path: Path) -> None:
     best = KeepBest(tmp_path / "best.pt", network=small_net(), validator=validator, metric="robust")
     validator.state.metrics = {"clean": 0.5}
     best.validated()
+    engine = trainer(small_net(), batches(1), [])
     with pytest.raises(KeyError, match="'robust' from the validation, got \\['clean'\\]"):
-        best(trainer(small_net(), batches(1), []))
+        best(engine)
+    validator.state.metrics = {"robust": float("nan")}
+    best.validated()
+    with pytest.raises(ValueError, match="expected a finite robust"):
+        best(engine)
 
 
 def test_a_nan_loss_stops_with_the_case_named_before_the_weights_move() -> None:
@@ -175,6 +197,14 @@ def test_a_nan_loss_stops_with_the_case_named_before_the_weights_move() -> None:
         trainer(network, [batch], [StopOnNaN()]).run()
     for new, old in zip(network.parameters(), small_net().parameters(), strict=True):
         assert torch.equal(new, old)
+
+
+def test_what_crafting_meets_has_the_case_s_name_too() -> None:
+    (batch,) = batches(1)
+    batch["image"] = MetaTensor(batch["image"].clone(), meta={"filename_or_obj": ["/data/a.nii.gz", "/data/b.nii"]})
+    batch["image"][1] = float("nan")
+    with pytest.raises(ValueError, match=r"finite intensities.* epoch 1, iteration 1, on a, b"):
+        trainer(small_net(), [batch], vaft_handlers()).run()
 
 
 def test_progress_shows_both_losses_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -223,12 +253,16 @@ def test_missing_files_and_shared_patients_are_refused(tmp_path: Path) -> None:
     ("attack", "roi_size", "message"),
     [
         (VAFA(steps=0), (8, 8, 8), "at least one step"),
+        (WarmUp(attack=VAFA(steps=0), epochs=2, setting="q_max"), (64, 64, 64), "at least one step"),
         (VAFA(block_size=(16, 16, 16)), (32, 32, 8), r"blocks within the training patch \(32, 32, 8\)"),
     ],
 )
-def test_attacks_that_cannot_train_are_refused(attack: Any, roi_size: tuple[int, ...], message: str) -> None:
+def test_attacks_that_cannot_train_are_refused(
+    tmp_path: Path, attack: Any, roi_size: tuple[int, ...], message: str
+) -> None:
+    one, other = labelled(tmp_path, "p1", [0]), labelled(tmp_path, "p2", [0])
     with pytest.raises(ValueError, match=message):
-        check_attack(attack, roi_size)
+        check([one], [other], attack=attack, roi_size=roi_size)
 
 
 def test_persistent_workers_are_refused() -> None:

@@ -42,7 +42,8 @@ def nearest_quantum(coefficients: Tensor, target: Tensor, q_min: float, q_max: f
     which q_max may cut, and the next one, which contains all further ones. Negative coefficients mirror.
 
     Args:
-        coefficients, target: of one shape and unit.
+        coefficients, target: of one shape and unit. In single precision, coefficients above some 8000 quanta may come
+            to lie on another multiple than the nearest.
         q_min, q_max: 0 < q_min <= q_max, in the coefficients' unit.
     """
     size = coefficients.abs()

@@ -65,10 +65,12 @@ def split(
     return [([cases[i] for i in first], [cases[i] for i in second]) for first, second in pairs]
 
 
-def check(training: Sequence[Case], validation: Sequence[Case], *, by: str = "patient") -> None:
+def check(
+    training: Sequence[Case], validation: Sequence[Case], *, by: str = "patient", keys: Sequence[str] = FILES
+) -> None:
     """Raise if a file is missing or a patient is in both lists; to be called before a training starts.
 
-    Files are what a case has under ``image`` and ``label``: a path or several, of files or of DICOM folders. Patients
+    Files are what a case has under ``keys``: a path or several, of files or of DICOM folders. Patients
     are compared by the key ``by``; an image in both lists is found whether its cases have that key or not. Messages
     name files without their folders.
 
@@ -84,7 +86,7 @@ def check(training: Sequence[Case], validation: Sequence[Case], *, by: str = "pa
         *_sample(f"values of {by!r} in both lists", patients[0] & patients[1]),
         *_sample("images in both lists", [Path(path).name for path in images[0] & images[1]]),
     ]
-    files = {path for cases in lists.values() for key in FILES for path in _paths(cases, key)}
+    files = {path for cases in lists.values() for key in keys for path in _paths(cases, key)}
     missing = _sample("files missing", [path.name for path in files if not path.exists()])
     if not (empty or leaks or missing):
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,15 +33,25 @@ class Resumable:
     Args:
         path: the file, such as ``last.pt``.
         resume: start from the file if it is there; ``False`` starts anew and replaces it.
+        settings: what the training must share with the file's, such as the attack's ``repr``, the seed, the learning
+            rate; plain values.
         objects: what else to carry, by name: ``network=``, ``optimizer=``, ``lr_scheduler=``, ``best=`` ...
 
     Raises:
         ValueError: the file does not belong to this training.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = True, **objects: Stateful) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resume: bool = True,
+        settings: Mapping[str, Any] | None = None,
+        **objects: Stateful,
+    ) -> None:
         self.path = Path(path)
         self.resume = resume
+        self.settings = dict(settings or {})
         self.objects = {name: bare(one) if isinstance(one, nn.Module) else one for name, one in objects.items()}
 
     def attach(self, engine: Engine) -> None:
@@ -52,6 +64,7 @@ class Resumable:
             return
         state = {name: one.state_dict() for name, one in self._all(engine).items()}
         state["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration}
+        state["settings"] = self.settings
         with replacing(self.path) as partial:
             torch.save(state, partial)
 
@@ -61,17 +74,24 @@ class Resumable:
             return
         state = torch.load(self.path, map_location=engine.state.device, weights_only=True)
         objects = self._all(engine)
-        if set(state) != {*objects, "trainer"}:
+        hint = "it belongs to another training: choose another output folder, or start anew with resume=False"
+        if set(state) != {*objects, "trainer", "settings"}:
             raise ValueError(
-                f"expected a checkpoint of {sorted(objects)}, got {sorted(state)} in {self.path.name}: it belongs to "
-                "another training; remove it or choose another output folder"
+                f"expected a checkpoint of {sorted(objects)}, got {sorted(state)} in {self.path.name}; {hint}"
             )
+        for name in {*self.settings, *state["settings"]}:
+            now, before = self.settings.get(name), state["settings"].get(name)
+            if now != before:
+                raise ValueError(f"expected {name} {now!r} in {self.path.name}, got {before!r}; {hint}")
         for name, one in objects.items():
             if isinstance(one, nn.Module):
                 load_weights(one, self.path, key=name)
             else:
                 one.load_state_dict(state[name])
         engine.state.epoch, engine.state.iteration = state["trainer"]["epoch"], state["trainer"]["iteration"]
+        engine.logger.info(
+            f"going on from {self.path.name}: {engine.state.epoch} of {engine.state.max_epochs} epochs done"
+        )
 
     def _all(self, engine: Any) -> dict[str, Stateful]:
         scaler = {"scaler": engine.scaler} if engine.amp and engine.scaler is not None else {}
@@ -105,7 +125,13 @@ class KeepBest:
 
     def attach(self, engine: Engine) -> None:
         self.validator.add_event_handler(Events.COMPLETED, self.validated)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.stop_if_done)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def stop_if_done(self, engine: Any) -> None:
+        """A training that patience ended does not go on when it is started again."""
+        if self.patience is not None and self._state["since"] >= self.patience:
+            engine.terminate()
 
     def validated(self) -> None:
         """There is something to compare."""
@@ -119,6 +145,8 @@ class KeepBest:
         if self.metric not in metrics:
             raise KeyError(f"expected the metric {self.metric!r} from the validation, got {sorted(metrics)}")
         value = float(metrics[self.metric])
+        if not math.isfinite(value):
+            raise ValueError(f"expected a finite {self.metric} from the validation, got {value}")
         if self._state["value"] is None or value > self._state["value"]:
             self._state = {"value": value, "epoch": engine.state.epoch, "since": 0}
             if not engine.state.rank:
@@ -126,8 +154,7 @@ class KeepBest:
                     torch.save(self.network.state_dict(), partial)
             return
         self._state["since"] += 1
-        if self.patience is not None and self._state["since"] >= self.patience:
-            engine.terminate()
+        self.stop_if_done(engine)
 
     def state_dict(self) -> dict[str, Any]:
         """Best value so far, its epoch, validations since."""

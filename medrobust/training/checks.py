@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from monai.transforms import LoadImage
 
 from medrobust.attacks.base import Attack
 from medrobust.data import splits
-from medrobust.io import stem
+from medrobust.handlers import where
+from medrobust.schedules import attacks_of
 from medrobust.training.logs import losses
 
 
@@ -27,6 +29,7 @@ def check(
     roi_size: Sequence[int] | None = None,
     by: str = "patient",
     label_key: str = "label",
+    keys: Sequence[str] = ("image", "label"),
 ) -> None:
     """Refuse a training that would fail late or mean nothing.
 
@@ -35,13 +38,14 @@ def check(
         num_classes: also read every label and compare its classes with 0..num_classes-1.
         attack: an attack to train on; it must take at least one step and its blocks must fit into ``roi_size``.
         roi_size: spatial size of a training patch.
+        by, label_key, keys: of a case: what tells patients apart, its label, all that are files.
 
     Raises:
         FileNotFoundError, ValueError: with everything that is wrong of one kind.
     """
-    if isinstance(attack, Attack):
-        check_attack(attack, roi_size)
-    splits.check(training, validation, by=by)
+    for one in attacks_of(attack):
+        check_attack(one, roi_size)
+    splits.check(training, validation, by=by, keys=keys)
     if num_classes is not None:
         check_labels([*training, *validation], num_classes, label_key)
 
@@ -76,21 +80,19 @@ def check_labels(cases: Sequence[Mapping[str, Any]], num_classes: int, label_key
 
 
 class StopOnNaN:
-    """Stop with the case's name when the loss is not finite, before the weights are touched."""
+    """Stop with the case's name when the loss is not finite, before the weights are touched, on every process."""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        state = engine.state
-        if torch.isfinite(state.output["loss"]).all():
-            return
-        meta = getattr(state.batch.get("image"), "meta", {})
-        names = meta.get("filename_or_obj", "an unnamed case")
-        names = [names] if isinstance(names, str) else names
-        cases = ", ".join(dict.fromkeys(stem(str(name)) for name in names))
-        terms = losses(state.output)
-        raise ValueError(
-            f"expected a finite loss, got {terms} in epoch {state.epoch}, iteration {state.iteration}, on {cases}: "
-            "look at this case's intensities and labels, or lower the learning rate"
-        )
+        finite = torch.isfinite(engine.state.output["loss"].detach()).all().float()
+        here = bool(finite)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if not finite:
+            terms = losses(engine.state.output) if here is False else "one on another process that is not"
+            raise ValueError(
+                f"expected a finite loss, got {terms} {where(engine)}: look at this case's intensities and labels, or "
+                "lower the learning rate"
+            )
