@@ -18,7 +18,7 @@ from oracles import SmallNet, data
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from medrobust.attacks import PGD, VAFA, Attack, CrossEntropy, GaussianNoise
+from medrobust.attacks import PGD, VAFA, VAFA2D, Attack, CrossEntropy, GaussianNoise
 from medrobust.handlers import CraftAdversarial, RobustEvaluation
 from medrobust.losses import FrequencyConsistencyLoss, KLConsistencyLoss
 from medrobust.schedules import Mix, WarmUp
@@ -142,6 +142,29 @@ def test_steps_equal_those_written_by_hand(name: str, accumulation_steps: int) -
             optimizer.zero_grad()
     assert_same(network, by_hand)
     assert any((new != old).any() for new, old in zip(network.parameters(), small_net().parameters(), strict=True))
+
+
+def test_a_vaft_step_on_slices_equals_the_one_written_by_hand() -> None:
+    """Images (B, C, H, W), two-dimensional tables and a two-dimensional transform of the logits."""
+    attack, term = VAFA2D(steps=2, block_size=(4, 4)), FrequencyConsistencyLoss((4, 4), reduction="relative")
+    networks = [SmallNet(spatial_dims=2, channels=2) for _ in range(2)]
+    for network in networks:
+        network.body[3].p = 0.0
+    image, label = data(2, channels=2, side=8)
+    batch = {"image": image, "label": label}
+    handlers = [
+        CraftAdversarial(attack, to="image_adv"),
+        AdversarialForward(),
+        LossTerm(LOSS),
+        LossTerm(term, of=("pred", "pred_adv"), name="loss_fr"),
+    ]
+    trainer(networks[0], [batch], handlers).run()
+    image_adv = crafted(attack, networks[1], batch, 1)
+    networks[1].train()
+    pred, pred_adv = networks[1](image), networks[1](image_adv)
+    (LOSS(pred, label) + LOSS(pred_adv, label) + term(pred, pred_adv)).backward()
+    torch.optim.SGD(networks[1].parameters(), lr=0.1).step()
+    assert_same(networks[0], networks[1])
 
 
 def test_a_crafting_that_leaks_would_be_seen() -> None:

@@ -14,7 +14,8 @@ class EpochSeed:
 
     A training resumed from an epoch's checkpoint then sees the very batches that the uninterrupted one saw. This seeds
     torch's global generator, because samplers and dropout know no other. Persistent worker processes keep their own
-    state and are refused.
+    state and are refused; an epoch should be one pass over the loader, for a pass that goes on into the next epoch was
+    drawn before.
     """
 
     def __init__(self, seed: int) -> None:
