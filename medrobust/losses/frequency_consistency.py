@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from medrobust.losses._pair import pair
 from medrobust.transforms.blocks import split
 from medrobust.transforms.dct import dct
 
@@ -42,11 +43,7 @@ class FrequencyConsistencyLoss(nn.Module):
 
     def forward(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """(B, K, *S) clean, (B, K, *S) adversarial -> scalar."""
-        if logits.shape != logits_adv.shape:
-            raise ValueError(
-                f"expected clean and adversarial logits of one shape, got {tuple(logits.shape)} and "
-                f"{tuple(logits_adv.shape)}"
-            )
+        logits, logits_adv = pair(logits, logits_adv)
         with torch.autocast(logits.device.type, enabled=False):
             clean, adversarial = self._coefficients(logits), self._coefficients(logits_adv)
             distance = (clean - adversarial).abs()
@@ -55,7 +52,5 @@ class FrequencyConsistencyLoss(nn.Module):
             return distance.sum() if self.reduction == "sum" else distance.sum() / clean.abs().sum()
 
     def _coefficients(self, logits: Tensor) -> Tensor:
-        plain = logits.as_subclass(Tensor)
-        plain = plain if plain.dtype == torch.float64 else plain.float()
-        size = tuple(plain.shape[2:])
-        return dct(split(plain, self.block_size or size), tuple(range(-len(size), 0)))
+        size = tuple(logits.shape[2:])
+        return dct(split(logits, self.block_size or size), tuple(range(-len(size), 0)))

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medrobust.attacks.objectives import Head, full_precision, is_softmax
+from medrobust.attacks.objectives import Head, is_softmax
+from medrobust.losses._pair import pair
 
 
 class KLConsistencyLoss(nn.Module):
@@ -26,17 +27,12 @@ class KLConsistencyLoss(nn.Module):
 
     def forward(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """(B, K, *S) clean, (B, K, *S) adversarial -> scalar."""
-        if logits.shape != logits_adv.shape:
-            raise ValueError(
-                f"expected clean and adversarial logits of one shape, got {tuple(logits.shape)} and "
-                f"{tuple(logits_adv.shape)}"
-            )
+        logits, logits_adv = pair(logits, logits_adv)
         with torch.autocast(logits.device.type, enabled=False):
             log_p, log_q = self._log_probabilities(logits), self._log_probabilities(logits_adv)
             return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
     def _log_probabilities(self, logits: Tensor) -> Tensor:
-        plain = full_precision(logits.as_subclass(Tensor))
-        if is_softmax(plain, self.head):
-            return F.log_softmax(plain, 1)
-        return torch.cat([F.logsigmoid(plain), F.logsigmoid(-plain)], 1)
+        if is_softmax(logits, self.head):
+            return F.log_softmax(logits, 1)
+        return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)

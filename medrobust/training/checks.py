@@ -91,7 +91,7 @@ class StopOnNaN:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite:
-            terms = losses(engine.state.output) if here is False else "one on another process that is not"
+            terms = "one on another process that is not" if here else losses(engine.state.output)
             raise ValueError(
                 f"expected a finite loss, got {terms} {where(engine)}: look at this case's intensities and labels, or "
                 "lower the learning rate"
