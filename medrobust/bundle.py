@@ -36,11 +36,13 @@ class Bundle:
         root: the bundle's folder.
         overrides: configuration id (``a`` or ``a#b``) -> value; an id that the configuration does not have is refused.
         weights: checkpoint; ``None`` is the bundle's own ``ckpt_path``.
+        overlays: further configuration files on top, in their order.
     """
 
     root: Path
     overrides: Mapping[str, Any]
     weights: Path | None = None
+    overlays: Sequence[Path] = ()
 
     @cached_property
     def parser(self) -> ConfigParser:
@@ -54,8 +56,11 @@ class Bundle:
         files = [file for file in named if file.is_file()]
         if not files:
             raise FileNotFoundError(f"expected a MONAI bundle with configs/train.yaml in {self.root}, got none there")
+        for overlay in self.overlays:
+            if not overlay.is_file():
+                raise FileNotFoundError(f"expected the configuration {overlay}, got no such file")
         parser = ConfigParser()
-        parser.read_config([str(file) for file in files])
+        parser.read_config([str(file) for file in (*files, *self.overlays)])
         parser["bundle_root"] = str(self.root)
         for name, value in self.overrides.items():
             key = name.replace("::", "#")
@@ -135,6 +140,11 @@ class Bundle:
         inputs = self._data_format.get("inputs", {})
         return inputs.get("image", {}).get("num_channels")
 
+    @property
+    def arguments(self) -> list[str]:
+        """Names of the network's inputs beside the image, from the metadata, such as ``input_ids``."""
+        return [name for name in self._data_format.get("inputs", {}) if name != "image"]
+
     @cached_property
     def _data_format(self) -> dict[str, Any]:
         path = self.root / "configs" / "metadata.json"
@@ -149,7 +159,8 @@ class Bundle:
         if split not in where:
             raise ValueError(f"expected a split 'validation' or 'training', got {split!r}")
         found: list[Mapping[str, Any]] = self._get(where[split])
-        unique = {str(case["image"]): {key: case[key] for key in ("image", "label") if key in case} for case in found}
+        # Cases with prompts share images, and have names.
+        unique = {(str(case["image"]), str(case.get("case", ""))): dict(case) for case in found}
         return list(unique.values())
 
 

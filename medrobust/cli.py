@@ -43,6 +43,13 @@ ListArg = Annotated[Path | None, typer.Option(help="Data list (Decathlon JSON) i
 SectionArg = Annotated[str, typer.Option(help="Section of the data list.")]
 ImageArg = Annotated[Path | None, typer.Option(help="One image instead of the bundle's cases.")]
 LabelArg = Annotated[Path | None, typer.Option(help="Its label; without one the model's own prediction is attacked.")]
+OverlayArg = Annotated[
+    list[Path] | None, typer.Option("--overlay", help="Configuration file on top of the bundle's. Repeat for several.")
+]
+EpsArg = Annotated[str | None, typer.Option(help="Sizes for every attack with an eps: '1/255,2/255,4/255,8/255'.")]
+PromptsArg = Annotated[
+    str | None, typer.Option(help="Also each case under these of its prompts, on the clean image: 'synonym,typo,p0'.")
+]
 SetArg = Annotated[list[str] | None, typer.Option("--set", help="Override the bundle's configuration: id=value.")]
 SeedArg = Annotated[int, typer.Option(help="Seed of every attack.")]
 ProtocolArg = Annotated[str, typer.Option(help="whole (through the inferer, what is deployed), tiles, or both.")]
@@ -61,6 +68,8 @@ def attack(
     image: ImageArg = None,
     label: LabelArg = None,
     override: SetArg = None,
+    overlay: OverlayArg = None,
+    eps: EpsArg = None,
     seed: SeedArg = 0,
     protocol: ProtocolArg = "whole",
     label_free: LabelFreeArg = False,
@@ -86,9 +95,12 @@ def evaluate(
     image: ImageArg = None,
     label: LabelArg = None,
     override: SetArg = None,
+    overlay: OverlayArg = None,
+    eps: EpsArg = None,
     seed: SeedArg = 0,
     protocol: ProtocolArg = "whole",
     label_free: LabelFreeArg = False,
+    prompts: PromptsArg = None,
     saved: Annotated[Path | None, typer.Option(help="`volumes` folder of an earlier run, evaluated again.")] = None,
     pictures: Annotated[bool, typer.Option(help="One picture per case and attack.")] = True,
     lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS; needs the extra medrobust[lpips].")] = False,
@@ -211,6 +223,9 @@ def _prepare(
     image: Path | None = None,
     label: Path | None = None,
     override: list[str] | None = None,
+    overlay: list[Path] | None = None,
+    eps: str | None = None,
+    prompts: str | None = None,
     seed: int = 0,
     protocol: str = "whole",
     label_free: bool = False,
@@ -220,9 +235,12 @@ def _prepare(
     purpose: str = "",
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Everything that can be wrong is found here, before any work is done."""
-    from medrobust.parsing import parse_value
+    from medrobust.parsing import parse_value, sweep
 
     named = _attacks(attack or [])
+    if eps is not None:
+        named = sweep(named, eps.split(","))
+    keys = [key.strip() for key in prompts.split(",")] if prompts else []
     protocols = _protocols(protocol)
     overrides: dict[str, Any] = {}
     for word in override or []:
@@ -234,14 +252,14 @@ def _prepare(
         raise ValueError("expected either --attack or --saved, got both")
     if label is not None and image is None:
         raise ValueError("expected --image with --label, got --label alone")
-    if not named and saved is None:
-        raise ValueError("expected at least one --attack (see `medrobust list`) or --saved, got none")
+    if not named and saved is None and not keys:
+        raise ValueError("expected at least one --attack (see `medrobust list`), --prompts or --saved, got none")
 
     from medrobust.bundle import Bundle, read_list
-    from medrobust.evaluation import Evaluation
+    from medrobust.evaluation import Evaluation, prompt_conditions
     from medrobust.run import Run
 
-    opened = Bundle(root=bundle, overrides=overrides, weights=weights)
+    opened = Bundle(root=bundle, overrides=overrides, weights=weights, overlays=overlay or [])
     if image is not None:
         cases: list[dict[str, Any]] = [{"image": str(image), **({"label": str(label)} if label else {})}]
         label_free = label_free or label is None
@@ -263,11 +281,17 @@ def _prepare(
     run = Run(
         folder=output,
         evaluation=evaluation,
-        conditions=_conditions(named, protocols, saved),
+        conditions=[*_conditions(named, protocols, saved), *prompt_conditions(keys)],
         preprocessing=opened.preprocessing,
         pictures=pictures,
         saved=saved,
-        settings={"bundle": bundle.resolve().name, "overrides": overrides, "purpose": purpose},
+        arguments=opened.arguments,
+        settings={
+            "bundle": bundle.resolve().name,
+            "overlays": [path.name for path in overlay or []],
+            "overrides": overrides,
+            "purpose": purpose,
+        },
     )
     return run, cases
 
@@ -369,7 +393,7 @@ def _clear_demo(folder: Path) -> None:
     path = folder / "run.json"
     if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["shared"].get("purpose") != DEMO:
         raise ValueError(f"expected a new folder or that of an earlier demo, got {folder}: choose another --output")
-    for name in ("run.json", "records.csv", "failures.csv", "report.html", "report.md"):
+    for name in ("run.json", "records.csv", "failures.csv", "prompts.csv", "report.html", "report.md"):
         (folder / name).unlink(missing_ok=True)
     for name in ("volumes", "pictures"):
         shutil.rmtree(folder / name, ignore_errors=True)

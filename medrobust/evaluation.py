@@ -21,6 +21,7 @@ from medrobust.metrics import load, status
 from medrobust.metrics.dice import dice
 from medrobust.metrics.flip_rate import flip_rate
 from medrobust.metrics.hd95 import hd95
+from medrobust.metrics.iou import iou
 from medrobust.metrics.l2 import l2
 from medrobust.metrics.linf import linf
 from medrobust.metrics.psnr import psnr
@@ -51,12 +52,14 @@ class Condition:
         attack: ``None`` for the clean image.
         protocol: ``"whole volume"`` through the inferer, or ``"tiles"`` one by one.
         match: draw noise with the L2 norm that the condition of this name and protocol had on the same case.
+        prompt: key of another prompt than the case's own, on the clean image.
     """
 
     name: str
     attack: Attack | Recorded | None = None
     protocol: str = ""
     match: tuple[str, str] | None = None
+    prompt: str = ""
 
 
 CLEAN_CONDITION = Condition(name=CLEAN)
@@ -98,6 +101,11 @@ def conditions(attacks: Mapping[str, Attack], protocols: Sequence[str] = (WHOLE,
         if slug(Condition(name=name)) == CLEAN or slugs.count(slug(Condition(name=name, protocol=WHOLE))) > 1:
             raise ValueError(f"expected a name of its own for {attack!r}, got {name!r}: another condition has it")
     return found
+
+
+def prompt_conditions(keys: Sequence[str]) -> list[Condition]:
+    """The text side: each case under another of its prompts, on the clean image."""
+    return [Condition(name=f"prompt {key}", attack=Recorded(text=f"Prompt({key!r})"), prompt=key) for key in keys]
 
 
 def slug(condition: Condition) -> str:
@@ -155,6 +163,8 @@ class Evaluation:
         *,
         saved: Callable[[Condition], tuple[Tensor, Recorded] | None] = lambda condition: None,
         norms: Mapping[tuple[str, str], float] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        prompted: Callable[[str], Mapping[str, Any]] | None = None,
     ) -> Iterator[Result]:
         """Evaluate one case under each condition in turn.
 
@@ -165,6 +175,9 @@ class Evaluation:
             wanted: which conditions; the clean prediction is made once in any case.
             saved: gives the adversarial image (C, *S) of a condition, and what made it, instead of crafting it.
             norms: L2 norms measured earlier, by name and protocol, for conditions that match them.
+            arguments: further inputs of the network for this case, such as the tokens of its prompt; the same in the
+                attack and in every prediction. Tensors without a batch dimension, as a data set gives them.
+            prompted: gives the arguments of this case under another prompt, by its key.
 
         Raises:
             ValueError: image, label and network do not fit together.
@@ -175,7 +188,8 @@ class Evaluation:
         check_image(clean, "the evaluation")
         if self.channels is not None and clean.shape[1] != self.channels:
             raise ValueError(f"expected an image of {self.channels} channel(s), got {clean.shape[1]}: is the file 4-D?")
-        model = bind(self.network, self.inferer).to(self.device)
+        given = self._batched(arguments or {})
+        model = bind(self.network, self.inferer, **given).to(self.device)
         pred = self._predict(model, clean)
         if label is None and not self.label_free:
             raise ValueError(f"expected a label for case {name}, got none: evaluate label-free or add the label")
@@ -188,7 +202,12 @@ class Evaluation:
         for condition in wanted:
             attack = condition.attack
             image_adv = clean
-            if attack is not None:
+            if condition.prompt:
+                if prompted is None:
+                    raise ValueError(f"expected other prompts of case {name} for {condition.name}, got none")
+                other = bind(self.network, self.inferer, **self._batched(prompted(condition.prompt)))
+                pred_adv = self._predict(other.to(self.device), clean)
+            elif attack is not None:
                 kept = saved(condition)
                 if kept is not None:
                     image_adv, attack = kept[0][None].to(self.device), kept[1]
@@ -196,10 +215,11 @@ class Evaluation:
                 elif isinstance(attack, Attack):
                     if condition.match:
                         attack = RandomNoise(norm="l2", eps=measured[condition.match])
-                    image_adv = self._craft(attack, condition, model, clean, reference)
+                    image_adv = self._craft(attack, condition, model, clean, reference, given)
                 else:
                     raise ValueError(f"expected the saved volume of {condition.name} for case {name}, got none")
-            pred_adv = pred if attack is None else self._predict(model, image_adv)
+            if not condition.prompt:
+                pred_adv = pred if attack is None else self._predict(model, image_adv)
             measured[condition.name, condition.protocol] = l2(image_adv, clean).item()
             records = self._records(name, condition, attack, spacing, clean, image_adv, reference, pred, pred_adv)
             yield Result(
@@ -213,6 +233,9 @@ class Evaluation:
                 pred_adv=pred_adv[0],
             )
 
+    def _batched(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {key: value.to(self.device)[None] for key, value in arguments.items()}
+
     def _predict(self, model: nn.Module, image: Tensor) -> Tensor:
         with frozen(model), torch.no_grad():
             logits = model(image)
@@ -221,7 +244,15 @@ class Evaluation:
             raise ValueError(f"expected logits for the classes {', '.join(self.class_names)}, got {channels} channels")
         return predict(logits, "softmax")
 
-    def _craft(self, attack: Attack, condition: Condition, model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    def _craft(
+        self,
+        attack: Attack,
+        condition: Condition,
+        model: nn.Module,
+        image: Tensor,
+        label: Tensor,
+        arguments: Mapping[str, Tensor],
+    ) -> Tensor:
         if attack.setting("objective").head == "sigmoid" and len(self.class_names) != 2:
             raise ValueError("expected an objective for a softmax head, got one for sigmoid channels: use the handlers")
         generator = torch.Generator().manual_seed(self.seed)
@@ -229,7 +260,9 @@ class Evaluation:
             return attack(model, image, label, generator=generator)
         if not isinstance(self.inferer, SlidingWindowInferer):
             raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(self.inferer).__name__}")
-        return attack_tiles(attack, bind(self.network), image, label, self.inferer.roi_size, generator=generator)
+        return attack_tiles(
+            attack, bind(self.network, **arguments), image, label, self.inferer.roi_size, generator=generator
+        )
 
     def _records(
         self,
@@ -254,7 +287,8 @@ class Evaluation:
         }
         classes = len(self.class_names)
         words = status(pred_adv, label, classes)[0]
-        columns = {"dice": dice(pred_adv, label, classes)[0], "hd95": hd95(pred_adv, label, classes, spacing)[0]}
+        columns = {function.__name__: function(pred_adv, label, classes)[0] for function in (dice, iou)}
+        columns["hd95"] = hd95(pred_adv, label, classes, spacing)[0]
         found = [
             Record(**shared, metric=metric, class_name=name, value=float(value), status=word)
             for metric, values in columns.items()

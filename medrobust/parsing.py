@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -46,6 +47,26 @@ def parse_attack(text: str) -> tuple[str, Attack]:
     except TypeError as error:
         raise ValueError(f"expected values that {cls.__name__} understands, got {settings}: {error}") from error
     return label.strip() or cls.__name__, attack
+
+
+def sweep(named: Mapping[str, Attack], sizes: Sequence[str]) -> dict[str, Attack]:
+    """Each attack with an ``eps`` once for every size, called ``PGD 4/255``; the others as they are.
+
+    Raises:
+        ValueError: no attack has an eps, or two sizes are one.
+    """
+    found: dict[str, Attack] = {}
+    for name, attack in named.items():
+        if not hasattr(attack, "eps"):
+            found[name] = attack
+            continue
+        for size in sizes:
+            found[f"{name} {size.strip()}"] = dataclasses.replace(attack, eps=parse_value(size.strip()))
+    if len({repr(attack) for attack in found.values()}) < len(found) or found.keys() == named.keys():
+        raise ValueError(
+            f"expected sizes that differ and an attack with an eps, got {', '.join(sizes)} for {', '.join(named)}"
+        )
+    return found
 
 
 def parse_value(text: str) -> Any:

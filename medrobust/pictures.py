@@ -40,7 +40,9 @@ def panel(
     """One case before and after the attack, as a PNG.
 
     All arrays or tensors are ``(1, H, W)`` or ``(1, H, W, D)``: images in [0, 1], the others class indices named by
-    ``class_names`` with the background first. ``spacing`` in mm gives the slice its true proportions and scale bar.
+    ``class_names`` with the background first. Colour images ``(3, H, W)`` are shown as such, their difference is the
+    mean over the channels; of other channels the first one is shown. ``spacing`` in mm gives the slice its true
+    proportions and scale bar.
     Of a volume, the axial slice (last axis) where most voxels changed their predicted class is shown.
 
     Above: clean image, adversarial image, and their difference magnified to full colour, the factor written. Below:
@@ -52,6 +54,9 @@ def panel(
     Raises ValueError for shapes that differ or for a class without a name.
     """
     arrays = [_plain(array) for array in (image, image_adv, label, pred, pred_adv)]
+    colour = arrays[0].ndim == 3 and len(arrays[0]) == 3 and arrays[1].shape == arrays[0].shape
+    pictures = [np.moveaxis(array, 0, -1) for array in arrays[:2]] if colour else []
+    arrays[:2] = [array.mean(0, keepdims=True) if colour else array[:1] for array in arrays[:2]]
     shape = arrays[0].shape
     if len(shape) not in (3, 4) or shape[0] != 1 or any(array.shape != shape for array in arrays):
         raise ValueError(
@@ -67,9 +72,9 @@ def panel(
     planes = [array[0] if index is None else array[0, :, :, index] for array in arrays]
     if radiological:
         planes, pixel = [plane.T[::-1, ::-1] for plane in planes], pixel[::-1]
-    return _draw(
-        planes, pixel, class_names, title if index is None else f"{title}   slice {index}".strip(), radiological
-    )
+        pictures = [picture.swapaxes(0, 1)[::-1, ::-1] for picture in pictures]
+    title = title if index is None else f"{title}   slice {index}".strip()
+    return _draw(planes, pictures or planes[:2], pixel, class_names, title, radiological)
 
 
 def dice_by_class(dice: Mapping[str, Mapping[str, float]], *, title: str = "") -> bytes:
@@ -114,8 +119,42 @@ def dice_by_class(dice: Mapping[str, Mapping[str, float]], *, title: str = "") -
     return _png(figure)
 
 
+def decline_curves(curves: Sequence[Any], clean: float) -> bytes:
+    """Mean Dice against the attacker's budget, as a PNG; ``curves`` of :func:`medrobust.decline.decline`.
+
+    All curves begin at the clean Dice. They take each case's worst within the budget, as ``Point.within`` has it;
+    controls are dashed.
+    """
+    figure = _figure(7.2, 3.8)
+    axes = figure.add_subplot()
+    for number, curve in enumerate(curves):
+        axes.plot(
+            [0, *(point.size for point in curve.points)],
+            [clean, *(point.within for point in curve.points)],
+            linestyle="--" if curve.control else "-",
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=6,
+            color=POINTS[number % len(POINTS)],
+            markeredgecolor=PAPER,
+            markeredgewidth=0.8,
+            label=curve.name,
+        )
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_locator(MultipleLocator(0.2))
+    axes.grid(color="#e6eaee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelcolor=INK)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(f"budget, {', '.join(dict.fromkeys(curve.unit for curve in curves))}", color=INK)
+    axes.set_ylabel("mean Dice over cases", color=INK)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
+    return _png(figure)
+
+
 def _draw(
     planes: list[np.ndarray],
+    pictures: list[np.ndarray],
     pixel: tuple[float, float],
     class_names: Sequence[str],
     title: str,
@@ -141,11 +180,11 @@ def _draw(
 
     view: dict[str, Any] = {"aspect": pixel[0] / pixel[1], "interpolation": "nearest"}
     grey: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, **view}
-    axes[0, 0].imshow(image, **grey)
-    axes[0, 1].imshow(image_adv, **grey)
+    axes[0, 0].imshow(pictures[0], **grey)
+    axes[0, 1].imshow(pictures[1], **grey)
     axes[0, 2].imshow(change, cmap=CHANGE, vmin=-(largest or 1), vmax=largest or 1, **view)
     colours = ListedColormap([COLOURS[(k - 1) % len(COLOURS)] for k in range(1, max(len(class_names), 2))])
-    for place, base, classes in zip(axes[1], (image, image, image_adv), (label, pred, pred_adv), strict=True):
+    for place, base, classes in zip(axes[1], (pictures[0], *pictures), (label, pred, pred_adv), strict=True):
         place.imshow(base, **grey)
         masked = np.ma.masked_equal(classes, 0)
         place.imshow(masked, cmap=colours, vmin=0.5, vmax=max(len(class_names), 2) - 0.5, alpha=0.6, **view)

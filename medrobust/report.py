@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from medrobust.pictures import dice_by_class
+from medrobust.pictures import decline_curves, dice_by_class
 from medrobust.records import Record
 from medrobust.tables import HEADS, contents
 
@@ -42,6 +42,8 @@ def html(
     view = contents(list(records), title, notes, controls)
     for model in view["models"]:
         model["figure"] = _data_uri(dice_by_class(model["means"])) if model["organs"] else ""
+        curves = [curve for table in model["decline"] for curve in table["curves"]]
+        model["curves"] = _data_uri(decline_curves(curves, model["clean_dice"])) if curves else ""
     return (
         _environment(escape=True)
         .get_template("report.html.j2")

@@ -4,6 +4,7 @@
 run.json        what every number of the run shares: bundle, weights, overrides, seed, and a hash of each case
 records.csv     one number a row, appended condition by condition
 failures.csv    cases that could not be evaluated, each with its reason
+prompts.csv     which prompt each case had, where the network reads one
 volumes/        adversarial volumes (float32), their clean image and label, and manifest.csv
 pictures/       one PNG per case and condition
 report.html     everything above, in one file;  report.md  its summary
@@ -49,6 +50,7 @@ class Run:
         pictures: make a picture per case and condition.
         saved: a run's ``volumes`` folder whose adversarial volumes are evaluated instead of crafting new ones.
         settings: what else every number depends on, such as the bundle and its overrides; JSON types.
+        arguments: keys of the preprocessed case that the network takes beside the image, such as ``input_ids``.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Run:
     pictures: bool = True
     saved: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Sequence[str] = ()
     failures: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -85,7 +88,7 @@ class Run:
             try:
                 self._case(name, paths, wanted, done, progress)
             except Exception as error:  # whatever a file or a network does, the other cases go on
-                self.failures[name] = reason(error, [str(path) for path in paths.values()])
+                self.failures[name] = reason(error, [str(paths[key]) for key in FILES if key in paths])
                 progress(name, f"failed: {self.failures[name]}")
             self._write_failures()
 
@@ -120,20 +123,29 @@ class Run:
         done: set[tuple[str, str, str]],
         progress: Progress,
     ) -> None:
-        for key in ("image", "label"):
+        for key in FILES:
             if key in paths and not Path(str(paths[key])).exists():
                 raise FileNotFoundError(f"expected the {key} {Path(str(paths[key])).name}, got no such file")
         progress(name, "reading")
         data = self.preprocessing(dict(paths))
         image, label = data["image"], data.get("label")
+        if "prompt" in data:
+            self._note_prompt(name, data)
         progress(name, wanted[0].name)
         norms = {(r.condition, r.protocol): r.value for r in self._records() if r.case == name and r.metric == "l2"}
         results = self.evaluation.case(
-            name, image, label, wanted, saved=lambda c: self._load(name, c, image), norms=norms
+            name,
+            image,
+            label,
+            wanted,
+            saved=lambda c: self._load(name, c, image),
+            norms=norms,
+            arguments=self._inputs(data),
+            prompted=lambda key: self._inputs(self._reprompted(data, paths, key)),
         )
         for index, result in enumerate(results):
             affine, meta = (image.affine, image.meta) if isinstance(image, MetaTensor) else (np.eye(4), {})
-            if self.volumes and not self.saved:
+            if self.volumes and not self.saved and not result.condition.prompt:
                 self._keep(name, result, affine, meta)
             if self._key(name, result.condition) not in done:
                 append(result.records, self.records_path)
@@ -142,6 +154,33 @@ class Run:
             if index + 1 < len(wanted):
                 following = wanted[index + 1]
                 progress(name, " ".join(part for part in (following.name, following.protocol) if part))
+
+    def _inputs(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """What the network takes beside the image."""
+        return {key: data[key] for key in self.arguments}
+
+    def _reprompted(self, data: Mapping[str, Any], paths: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """The preprocessed case under another of its prompts."""
+        from medrobust.data.pairs import Prompted
+
+        if "prompts" not in paths:
+            raise ValueError(f"expected a case with prompts for the prompt {key!r}, got none")
+        return Prompted(key)({**data, "case": paths["case"], "prompts": paths["prompts"]})
+
+    def _note_prompt(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write down which prompt a case has, or see that it is the one of the records that are there.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        path = self.folder / "prompts.csv"
+        row = (name, str(data.get("prompt_key", "")), str(data["prompt"]))
+        known = {prompt.case: prompt for prompt in read_prompts(self.folder)}
+        if known.setdefault(name, Prompt(*row)) != row:
+            raise ValueError(
+                f"expected the prompt {known[name].text!r} as in {self.folder}, got {row[2]!r}: choose another --output"
+            )
+        write_text(path, _csv([Prompt._fields, *known.values()]))
 
     def _keep(self, name: str, result: Result, affine: Any, meta: Mapping[str, Any]) -> None:
         target = self.folder / "volumes"
@@ -170,7 +209,8 @@ class Run:
 
         condition = result.condition
         png = panel(
-            *(m[:1].cpu() for m in (result.image, result.image_adv, result.label, result.pred, result.pred_adv)),
+            *(m.cpu() for m in (result.image, result.image_adv, result.label, result.pred, result.pred_adv)),
+            radiological=len(result.image) == 1,
             spacing=[float(s) for s in spacing][: result.image.ndim - 1],
             class_names=self.evaluation.class_names,
             title=f"{name}: {condition.name}, {condition.protocol}",
@@ -210,10 +250,31 @@ class Run:
             path.unlink()
 
 
+FILES = ("image", "label")
+"""What of a case is a path."""
+
+
+class Prompt(NamedTuple):
+    """A row of ``prompts.csv``: which text a case had, and the key it was under."""
+
+    case: str
+    key: str
+    text: str
+
+
+def read_prompts(folder: Path) -> list[Prompt]:
+    """The prompts of a run; none where its network reads no text."""
+    path = folder / "prompts.csv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return [Prompt(*row) for row in list(csv.reader(stream))[1:]]
+
+
 def case_names(cases: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One name a case: its image's file name without folder and ending, numbered where two would be alike."""
+    """One name a case: its own or its image's file name without folder and ending, numbered where two are alike."""
     used: set[str] = set()
-    return [unused(stem(str(case["image"])), used) for case in cases]
+    return [unused(str(case.get("case") or stem(str(case["image"]))), used) for case in cases]
 
 
 def volume_name(case: str, condition: Condition) -> str:
@@ -282,7 +343,7 @@ def reason(error: BaseException, paths: Iterable[str] = ()) -> str:
 
 def _digest(paths: Mapping[str, Any]) -> dict[str, str]:
     """A hash of each file of a case; a missing file is found later, as that case's failure."""
-    return {key: _sha256(Path(str(path))) for key, path in paths.items() if Path(str(path)).is_file()}
+    return {key: _sha256(Path(str(paths[key]))) for key in FILES if key in paths and Path(str(paths[key])).is_file()}
 
 
 def _sha256(path: Path) -> str:

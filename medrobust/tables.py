@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from medrobust.budgets import budget
+from medrobust.decline import Point, decline
 from medrobust.records import CLEAN, Record, csv_text
 from medrobust.statistics import Interval, is_foreground, mean_interval, paired_drop, per_case, worst_case
 
@@ -19,6 +21,7 @@ HEADS = {
     "psnr": "PSNR, dB",
     "linf": "L∞",
     "flip_rate": "Flipped",
+    "iou": "IoU",
     "l2": "L2",
     "lpips": "LPIPS",
     "dice_as_published": "Dice, as published",
@@ -26,45 +29,6 @@ HEADS = {
 }
 HEADLINE = tuple(HEADS)[:6]
 BOOTSTRAP_SEED = 0
-
-
-def budget(attacks: Iterable[str]) -> str:
-    """What the attacker may do, read from the ``repr`` of attacks, as in "L∞ 8/255, 20 steps" or "q_max 20".
-
-    Several budgets of one kind, such as noise matched to each case, give a range.
-    """
-    found = [_budget(attack) for attack in attacks if attack]
-    if not found:
-        return ""
-    kinds = {(kind, unit, rest) for kind, unit, _, rest in found}
-    if len(kinds) > 1:
-        return "mixed, see provenance"
-    ((kind, unit, rest),) = kinds
-    low, high = (f"{pick(size for _, _, size, _ in found):.3g}" for pick in (min, max))
-    size = "" if low == "nan" else f" {low}{unit}" if low == high else f" {low} to {high}{unit}"
-    return ", ".join(part for part in (f"{kind}{size}", rest) if part)
-
-
-def _budget(attack: str) -> tuple[str, str, float, str]:
-    """Kind, unit, size and steps."""
-
-    def setting(name: str) -> str | None:
-        match = re.search(rf"\b{name}='?([^,()']+)", attack)
-        return match and match[1]
-
-    count = setting("steps")
-    steps = "" if count is None else "1 step" if count == "1" else f"{count} steps"
-    norm = {"linf": "L∞", "l2": "L2"}.get(setting("norm") or "linf", "eps")
-    for name, kind, unit, factor in (
-        ("eps", norm, "/255" if norm == "L∞" else "", 255 if norm == "L∞" else 1),
-        ("std", "std", "/255", 255),
-        ("q_max", "q_max", "", 1),
-    ):
-        try:
-            return kind, unit, float(setting(name) or "") * factor, steps
-        except ValueError:
-            continue
-    return "", "", math.nan, steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +125,8 @@ def _model(name: str, records: list[Record], controls: Collection[str] | None) -
             for label, group in zip(labels, groups, strict=True)
         },
         "protocols": _protocols(attacked),
+        "decline": _decline(records),
+        "clean_dice": float(np.mean(list(baseline.values()))) if baseline else 0.0,
         "other": other,
         "others": [
             {"label": label, "cells": [_number(group.values(metric), ".4g") for metric in other]}
@@ -187,7 +153,7 @@ def _groups(records: list[Record], controls: Collection[str] | None) -> list[_Gr
 
 
 def _is_control(attack: str) -> bool:
-    return bool(re.match(r"(saved )?\w*Noise\(", attack) or re.search(r"\bsteps=0\b", attack))
+    return bool(re.match(r"(saved )?(\w*Noise|Prompt)\(", attack) or re.search(r"\bsteps=0\b", attack))
 
 
 def _labels(groups: Sequence[_Group]) -> list[str]:
@@ -301,6 +267,29 @@ def _protocols(attacked: Sequence[_Group]) -> list[dict[str, Any]]:
                 row = {"condition": tiles.condition, "budget": tiles.budget, "tiles": _interval(a)}
                 lines.append({**row, "whole": _interval(b), "gap": _drop(a, b)})
     return lines
+
+
+def _decline(records: list[Record]) -> list[dict[str, Any]]:
+    """One table for each kind of budget: a line a budget, the curves side by side."""
+    found = decline(records)
+    tables = []
+    for unit in _unique(curve.unit for curve in found):
+        curves = [curve for curve in found if curve.unit == unit]
+        sizes = sorted({point.size for curve in curves for point in curve.points})
+        points = [{point.size: point for point in curve.points} for curve in curves]
+        lines = [
+            {"size": f"{size:.3g}", "cells": [_point(of_curve.get(size)) for of_curve in points]} for size in sizes
+        ]
+        tables.append({"unit": unit, "curves": curves, "lines": lines})
+    return tables
+
+
+def _point(point: Point | None) -> dict[str, str]:
+    if point is None:
+        return {"dice": "–", "rest": ""}
+    rest = [f"IoU {point.iou:.3f}"] if point.iou is not None else []
+    rest += [f"HD95 {point.hd95:.1f}"] if point.hd95 is not None else []
+    return {"dice": f"{point.dice:.3f}", "rest": ", ".join(rest)}
 
 
 def _attacks(records: list[Record]) -> list[dict[str, Any]]:

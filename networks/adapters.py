@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medrobust.networks.clipseg import CLIPSeg, Trainable
+from medrobust.networks.weights import load_weights
 
 try:
     from safetensors import SafetensorError, safe_open
@@ -309,6 +310,23 @@ class LoRACLIPSeg(AdaptedCLIPSeg):
             linear.register_forward_hook(update.after_linear)
             updates.append(update)
         self.add_module(f"{name}_lora", updates)
+
+
+def load_base(network: AdaptedCLIPSeg, weights: str | Path) -> None:
+    """Put the weights of a plain :class:`CLIPSeg` under a network's adapters, which stay as they are.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or weights of another network.
+    """
+    plain = CLIPSeg(network.clipseg)
+    load_weights(plain, weights)
+    network.set_trainable(network.trainable)
+
+
+def on_base(network: AdaptedCLIPSeg, weights: str | Path) -> AdaptedCLIPSeg:
+    """``network`` after :func:`load_base`, for configurations."""
+    load_base(network, weights)
+    return network
 
 
 def _checked(variant: str) -> str:

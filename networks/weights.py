@@ -63,7 +63,8 @@ class WeightsReport:
 def load_weights(network: nn.Module, path: str | Path, *, key: str | None = None) -> WeightsReport:
     """Copy the weights in ``path`` into ``network``, all of them or none.
 
-    The file may hold a state dict or a dictionary with one under ``key`` (default: the first of ``STATE_DICT_KEYS``).
+    A network with adapters also takes a file of those alone (``.safetensors``); its base then stays as it is. Else the
+    file may hold a state dict or a dictionary with one under ``key`` (default: the first of ``STATE_DICT_KEYS``).
     Only tensors and plain values are read; a file that wants to run code is refused. For MONAI's ``UNETR`` the
     layout of MONAI 0.7 is accepted too: what it drops and fills is in the report and changes no output.
 
@@ -72,6 +73,10 @@ def load_weights(network: nn.Module, path: str | Path, *, key: str | None = None
         ValueError: the file is no checkpoint, holds code, or does not fit; the network is left as it was.
     """
     path = Path(path)
+    load_adapters = getattr(network, "load_adapters", None)
+    if load_adapters is not None and path.suffix == ".safetensors":
+        load_adapters(path)
+        return WeightsReport(path=path, loaded=len(network.adapter_state_dict()))  # type: ignore[operator]
     weights = _strip_prefixes(_state_dict(_read(path), path, key))
     own = network.state_dict()
     unexpected = [name for name in weights if name not in own]

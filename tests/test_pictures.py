@@ -30,9 +30,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     draw = pictures._draw
 
-    def spy(planes: Any, pixel: Any, names: Any, title: str, radiological: bool) -> bytes:
+    def spy(planes: Any, shown: Any, pixel: Any, names: Any, title: str, radiological: bool) -> bytes:
         seen.update(planes=planes, pixel=pixel, title=title)
-        return draw(planes, pixel, names, title, radiological)
+        return draw(planes, shown, pixel, names, title, radiological)
 
     monkeypatch.setattr(pictures, "_draw", spy)
     return seen

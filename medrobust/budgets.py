@@ -1,0 +1,44 @@
+"""What an attacker may do, read from the ``repr`` of an attack, which is what records keep."""
+
+import math
+import re
+from collections.abc import Iterable
+
+
+def budget(attacks: Iterable[str]) -> str:
+    """What the attacker may do, read from the ``repr`` of attacks, as in "L∞ 8/255, 20 steps" or "q_max 20".
+
+    Several budgets of one kind, such as noise matched to each case, give a range.
+    """
+    found = [parse(attack) for attack in attacks if attack]
+    if not found:
+        return ""
+    kinds = {(kind, unit, rest) for kind, unit, _, rest in found}
+    if len(kinds) > 1:
+        return "mixed, see provenance"
+    ((kind, unit, rest),) = kinds
+    low, high = (f"{pick(size for _, _, size, _ in found):.3g}" for pick in (min, max))
+    size = "" if low == "nan" else f" {low}{unit}" if low == high else f" {low} to {high}{unit}"
+    return ", ".join(part for part in (f"{kind}{size}", rest) if part)
+
+
+def parse(attack: str) -> tuple[str, str, float, str]:
+    """Kind, unit, size and steps, as in ``("L∞", "/255", 8.0, "20 steps")``; a size of NaN where none is known."""
+
+    def setting(name: str) -> str | None:
+        match = re.search(rf"\b{name}='?([^,()']+)", attack)
+        return match and match[1]
+
+    count = setting("steps")
+    steps = "" if count is None else "1 step" if count == "1" else f"{count} steps"
+    norm = {"linf": "L∞", "l2": "L2"}.get(setting("norm") or "linf", "eps")
+    for name, kind, unit, factor in (
+        ("eps", norm, "/255" if norm == "L∞" else "", 255 if norm == "L∞" else 1),
+        ("std", "std", "/255", 255),
+        ("q_max", "q_max", "", 1),
+    ):
+        try:
+            return kind, unit, float(setting(name) or "") * factor, steps
+        except ValueError:
+            continue
+    return "", "", math.nan, steps
