@@ -62,7 +62,7 @@ def sweep(named: Mapping[str, Attack], sizes: Sequence[str]) -> dict[str, Attack
             continue
         for size in sizes:
             found[f"{name} {size.strip()}"] = dataclasses.replace(attack, eps=parse_value(size.strip()))
-    if len({repr(attack) for attack in found.values()}) < len(found) or found.keys() == named.keys():
+    if len({parse_value(size.strip()) for size in sizes}) < len(sizes) or found.keys() == named.keys():
         raise ValueError(
             f"expected sizes that differ and an attack with an eps, got {', '.join(sizes)} for {', '.join(named)}"
         )

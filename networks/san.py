@@ -18,7 +18,7 @@ the one it meant; its published code has faults that are mended here:
   The copies hardly differ in these, so no query can win. Here the weights are the softmax over queries of cosines
   times CLIP's temperature. Where each of two prompts names one of two squares in an image, small networks on random
   weights trained for 500 steps so reach a mean Dice of 0.89 to 0.90 on new images, and 0.47 to 0.49 with weighted
-  sums, which find both squares whatever the prompt (three seeds each).
+  sums (three seeds each).
 
 What was run: parameter counts and shapes at full size, CLIP's part against ``transformers``' own, gradients, and small
 networks on random weights. VLSM-Adapter released no weights of it, and SAN's are for 171 classes at once: none were
@@ -49,7 +49,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """What CLIP was trained with."""
 
 HALVED = 2
-"""CLIP sees the image at this fraction of its size, as released."""
+"""CLIP sees the image at this fraction of its sides, 1 / 2, as released."""
 
 
 def vit_b16() -> CLIPConfig:
