@@ -1,4 +1,4 @@
-"""The command line: ``attack``, ``evaluate``, ``report``, ``data``, ``list`` and ``demo``.
+"""The command line: ``attack``, ``evaluate``, ``universal``, ``report``, ``data``, ``list`` and ``demo``.
 
 Heavy imports stay inside the commands, so that ``--help`` answers at once. Exit codes: 0 all went well, 1 some case
 failed (the others are there), 2 wrong input.
@@ -115,6 +115,42 @@ def evaluate(
 
 
 @app.command()
+def universal(
+    bundle: BundleArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File of the perturbation, such as universal.pt.")],
+    eps: Annotated[str, typer.Option(help="Largest change of a voxel.")] = "8/255",
+    size: Annotated[str, typer.Option(help="Its own size, as in 128,128; images of other sizes get it resized.")] = "",
+    epochs: Annotated[int, typer.Option(help="Passes over the cases.")] = 10,
+    weights: WeightsArg = None,
+    split: Annotated[str, typer.Option(help="Cases it is made from: training or validation.")] = "training",
+    override: SetArg = None,
+    overlay: OverlayArg = None,
+    seed: SeedArg = 0,
+) -> None:
+    """Make one perturbation for all images; evaluate it with --attack 'universal file=FILE'."""
+    with told():
+        import torch
+
+        from medrobust import universal as making
+        from medrobust.bundle import Bundle
+        from medrobust.parsing import parse_value
+
+        opened = Bundle(root=bundle, overrides=_overrides(override), weights=weights, overlays=overlay or [])
+        cases = making.read(opened, opened.cases(split))
+        sides = parse_value(size) if size else tuple(cases[0].image.shape[2:])
+        delta = making.fit(
+            cases,
+            sides,
+            eps=float(parse_value(eps)),
+            epochs=epochs,
+            generator=torch.Generator().manual_seed(seed),
+            progress=lambda epoch, score: out.print(f"epoch {epoch + 1}: mean objective {score:.4f}", highlight=False),
+        )
+        making.save(delta, output, eps=float(parse_value(eps)))
+        out.print(f"perturbation: {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def report(
     records: Annotated[list[Path], typer.Argument(help="records.csv, or the folder of a run; several: side by side.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder; default: beside the records.")] = None,
@@ -167,7 +203,7 @@ def demo(
     output: OutputArg = Path("demo_output"),
     bundle: BundleArg = Path("bundles/ct_organs_unetr"),
 ) -> None:
-    """Attack a trained UNETR on a real CT exam: table, adversarial volumes, report."""
+    """Attack a trained UNETR on a real CT exam, and its hardened twin: table, adversarial volumes, report."""
     with told():
         from medrobust.data import ct_organs
 
@@ -186,12 +222,21 @@ def demo(
             strong[1],
         ]
         run, cases = _prepare(bundle=bundle, output=output, attack=attacks, protocol="both", purpose=DEMO)
+        robust, _ = _prepare(
+            bundle=bundle,
+            output=output / HARDENED,
+            attack=["fgsm eps=8/255", *strong],
+            weights=bundle / "models" / f"{HARDENED}.pt",
+            purpose=DEMO,
+        )
         _go(run, cases)
+        _go(robust, cases)
         notes = [
             "Trained on one CT exam (CT A), evaluated on another (CT B: contrast agent, arms down).",
+            f"model.pt was trained on clean images; {HARDENED}.pt goes on from it with VAFT (docs/training.md).",
             "The reference masks come from TotalSegmentator, not from a human: Dice is agreement with that model.",
         ]
-        _report([run.records_path], run.folder, notes)
+        _report([run.records_path, robust.records_path], run.folder, notes)
 
 
 def main() -> None:
@@ -235,19 +280,14 @@ def _prepare(
     purpose: str = "",
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Everything that can be wrong is found here, before any work is done."""
-    from medrobust.parsing import parse_value, sweep
+    from medrobust.parsing import sweep
 
     named = _attacks(attack or [])
     if eps is not None:
         named = sweep(named, eps.split(","))
     keys = [key.strip() for key in prompts.split(",")] if prompts else []
     protocols = _protocols(protocol)
-    overrides: dict[str, Any] = {}
-    for word in override or []:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"expected --set id=value, got {word!r}")
-        overrides[name] = parse_value(value)
+    overrides = _overrides(override)
     if named and saved is not None:
         raise ValueError("expected either --attack or --saved, got both")
     if label is not None and image is None:
@@ -294,6 +334,18 @@ def _prepare(
         },
     )
     return run, cases
+
+
+def _overrides(words: Sequence[str] | None) -> dict[str, Any]:
+    from medrobust.parsing import parse_value
+
+    overrides: dict[str, Any] = {}
+    for word in words or []:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"expected --set id=value, got {word!r}")
+        overrides[name] = parse_value(value)
+    return overrides
 
 
 def _attacks(words: Sequence[str]) -> dict[str, Attack]:
@@ -377,6 +429,8 @@ def _report(paths: Sequence[Path], target: Path, notes: Sequence[str]) -> None:
 
 
 DEMO = "demo"
+HARDENED = "vaft"
+"""The demo's second weights, and the folder of their run."""
 
 
 def _clear_demo(folder: Path) -> None:
@@ -395,7 +449,7 @@ def _clear_demo(folder: Path) -> None:
         raise ValueError(f"expected a new folder or that of an earlier demo, got {folder}: choose another --output")
     for name in ("run.json", "records.csv", "failures.csv", "prompts.csv", "report.html", "report.md"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("volumes", "pictures"):
+    for name in ("volumes", "pictures", HARDENED):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
