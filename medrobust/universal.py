@@ -1,7 +1,7 @@
 """Make one perturbation that fools a model on all images of a kind; :class:`medrobust.attacks.Universal` applies it.
 
 Stochastic ascent of the mean objective over cases (Shafahi et al., AAAI 2020, 1811.11304): the sign of the mean
-gradient of a few cases, a step, the ball's projection. The literature's earlier form solves a small attack in each case.
+gradient of a few cases, a step, the ball's projection. An earlier form solves a small attack in each case.
 """
 
 from __future__ import annotations

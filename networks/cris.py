@@ -8,9 +8,9 @@ https://arxiv.org/abs/2405.06196) train it end to end on medical images, and the
 padding (see ``CRIS``).
 
 What was run: the authors' own modules beside these on the same random weights, at full size and 416 pixels. All names
-and shapes are the same, and logits up to 44 differ by less than 3e-4, gradients by 1e-4 of their norm. The text part
-was compared with ``transformers``' too. What was not run: the released weights, which were not to be had. So no result
-of the papers was reproduced.
+and shapes are the same; logits up to 44 differ by less than 3e-4, and the image's gradient by 1e-4 of its norm. The
+text part was compared with ``transformers``' too. What was not run: the released weights, which were not to be had. So
+no result of the papers was reproduced.
 """
 
 from __future__ import annotations

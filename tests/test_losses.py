@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from scipy.fft import dctn
 
-from medrobust.losses import FrequencyConsistencyLoss, KLConsistencyLoss
+from medrobust.losses import DoubleSigmoidDiceCE, FrequencyConsistencyLoss, KLConsistencyLoss
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -98,3 +98,22 @@ def test_shapes_must_agree(loss: torch.nn.Module) -> None:
 def test_an_unknown_reduction_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a reduction among"):
         FrequencyConsistencyLoss(reduction="none")
+
+
+def test_double_sigmoid_is_the_published_formula() -> None:
+    """p = sigmoid(logits); 1.5 (1 - soft Dice) + the cross-entropy of p as if it were a logit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 1, 5, 6, generator=generator)
+    label = (torch.rand(2, 1, 5, 6, generator=generator) > 0.6).float()
+    p = torch.sigmoid(logits.double())
+    overlap, total = (p * label).sum((1, 2, 3)), (p + label).sum((1, 2, 3))
+    dice = (1 - (2 * overlap + 1e-5) / (total + 1e-5)).mean()
+    ce = (torch.log1p(torch.exp(p)) - p * label).mean()
+    assert DoubleSigmoidDiceCE()(logits, label).item() == pytest.approx((1.5 * dice + ce).item(), abs=1e-5)
+
+
+def test_double_sigmoid_has_the_floor_that_it_is_known_for() -> None:
+    sure = torch.full((1, 1, 4, 4), 40.0)
+    assert DoubleSigmoidDiceCE()(sure, torch.ones(1, 1, 4, 4)).item() == pytest.approx(0.313262, abs=1e-4)
+    nothing = DoubleSigmoidDiceCE(lambda_dice=0)(-sure, torch.zeros(1, 1, 4, 4))
+    assert nothing.item() == pytest.approx(0.693147, abs=1e-4)

@@ -131,6 +131,9 @@ def test_the_published_counts_and_names() -> None:
     assert count(network) == 146_849_122
     assert sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad) == 146_849_121
     assert count(network.backbone.visual.attnpool.connect) == 2_099_200
+    layers = list(network.decoder.modules())
+    assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == {0.2}
+    assert {layer.dropout for layer in layers if isinstance(layer, nn.MultiheadAttention)} == {0.2}
     # The authors' modules with their settings for RN101.
     assert count(large) == 161_251_682
     lines = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in network.state_dict().items())

@@ -1,6 +1,7 @@
-"""Training losses between predictions of clean and adversarial images. One file a loss."""
+"""Training losses: between predictions of clean and adversarial images, and published ones. One file a loss."""
 
+from medrobust.losses.double_sigmoid import DoubleSigmoidDiceCE
 from medrobust.losses.frequency_consistency import FrequencyConsistencyLoss
 from medrobust.losses.kl_consistency import KLConsistencyLoss
 
-__all__ = ["FrequencyConsistencyLoss", "KLConsistencyLoss"]
+__all__ = ["DoubleSigmoidDiceCE", "FrequencyConsistencyLoss", "KLConsistencyLoss"]
