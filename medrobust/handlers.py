@@ -18,6 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor, decollate_batch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from medrobust.attacks.base import Attack, frozen
 from medrobust.attacks.objectives import predict
+from medrobust.data.images import save_mask
 from medrobust.inferers import bind
 from medrobust.io import save_volume, stem, unused
 from medrobust.schedules import Schedule, attack_of, attacks_of
@@ -176,6 +178,34 @@ class SaveAdversarial:
             rank = f"_rank{engine.state.rank}" if engine.state.rank else ""
             path = self.output_dir / f"{name}{rank}_adv.nii.gz"
             save_volume(volume.as_tensor(), path, affine=volume.affine, meta=volume.meta)
+
+
+class SaveMasks:
+    """Write an evaluator's binary 2-D predictions, named after their cases: PNG for pictures, NIfTI for slices.
+
+    MONAI's own writers turn pictures and do not take single slices.
+
+    Args:
+        output_dir: folder of the files ``<case>.png`` or ``<case>_seg.nii.gz``.
+        key: of the postprocessed prediction, (1, H, W) of 0 and 1.
+    """
+
+    def __init__(self, output_dir: str | Path, *, key: str = "pred") -> None:
+        self.output_dir = Path(output_dir)
+        self.key = key
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        for item in engine.state.output:
+            image, mask = item["image"], item[self.key].as_subclass(Tensor)
+            name = stem(str(image.meta["filename_or_obj"]))
+            if len(image) == 3:
+                save_mask(mask, self.output_dir / f"{name}.png")
+            else:
+                path = self.output_dir / f"{name}_seg.nii.gz"
+                save_volume(mask, path, affine=image.affine, meta=image.meta, description="medrobust", dtype=np.uint8)
 
 
 def prepare(engine: Any) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:

@@ -19,7 +19,7 @@ free                        ``FreeAdversarial(eps=eps)`` and a loader that gives
 from medrobust.handlers import CraftAdversarial
 from medrobust.schedules import Mix, WarmUp
 from medrobust.training.checkpoints import KeepBest, Resumable
-from medrobust.training.checks import StopOnNaN, check
+from medrobust.training.checks import StopOnNaN, check, check_attack
 from medrobust.training.clip import ClipGradient
 from medrobust.training.free import FreeAdversarial
 from medrobust.training.logs import CSVLog, Progress
@@ -41,4 +41,5 @@ __all__ = [
     "StopOnNaN",
     "WarmUp",
     "check",
+    "check_attack",
 ]
