@@ -68,3 +68,16 @@ def data(spatial_dims: int = 3, batch: int = 2, channels: int = 1, classes: int 
     image = 0.1 + 0.8 * (image - image.min()) / (image.max() - image.min())
     label = (image[:, :1] * classes).long().clamp(0, classes - 1)
     return image, label
+
+
+class PromptLinear(nn.Module):
+    """Segments what is bright where the prompt holds the given token, and what is dark under any other prompt."""
+
+    def __init__(self, token: int = 1) -> None:
+        super().__init__()
+        self.token = token
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, image: Tensor, input_ids: Tensor) -> Tensor:
+        sign = torch.where((input_ids == self.token).any(1), 1.0, -1.0)
+        return self.scale * sign[:, None, None, None] * (image.mean(1, keepdim=True) - 0.5)

@@ -341,10 +341,8 @@ def test_the_kept_weights_are_a_running_average(settings: dict[str, dict[str, An
     flow = run(workflow(name, "train.yaml", **overrides, pretrained=settings[name]["ckpt_path"]))
     first = torch.load(settings[name]["ckpt_path"], weights_only=True)
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
-        torch.load(path, weights_only=True) for path in (settings[name]["ckpt_path"], tmp_path / "model.pt")
-    )
     for key, now in flow.network_def.named_parameters():
-        torch.testing.assert_close(saved[key], 0.75 * start[key] + 0.25 * now.detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(saved[key], 0.75 * first[key] + 0.25 * now.detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
