@@ -6,6 +6,7 @@ gradient of a few cases, a step, the ball's projection. An earlier form solves a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ def fit(
         eps: largest change of a voxel, intensities in [0, 1].
         epochs: passes over the cases, in an order drawn anew.
         batch: cases whose gradients are averaged before a step.
-        step_size: of the first epoch, shrinking linearly to a tenth; ``None`` is ``eps / 4``.
+        step_size: of the first epoch, shrinking linearly to a tenth; ``None`` is ``2.5 * eps / steps`` over all
+            epochs, so that the edge is in reach, and at least ``eps / 10``.
         objective: what is maximised; ``None`` is the soft Dice.
         generator: source of chance; ``None`` is a fresh one with seed 0.
         progress: called after each epoch with its number and the mean objective.
@@ -86,8 +88,10 @@ def fit(
     channels = cases[0].image.shape[1]
     delta = torch.zeros(1, channels, *size)
     best, best_score = delta.clone(), -torch.inf
+    if step_size is None:
+        step_size = max(2.5 * eps / (epochs * math.ceil(len(cases) / batch)), eps / 10)
     for epoch in range(epochs):
-        step = (eps / 4 if step_size is None else step_size) * (1 - 0.9 * epoch / max(epochs - 1, 1))
+        step = step_size * (1 - 0.9 * epoch / max(epochs - 1, 1))
         order = torch.randperm(len(cases), generator=generator).tolist()
         for start in range(0, len(order), batch):
             gradient = sum(_gradient(cases[number], delta, objective) for number in order[start : start + batch])
