@@ -52,7 +52,12 @@ PromptsArg = Annotated[
 ]
 SetArg = Annotated[list[str] | None, typer.Option("--set", help="Override the bundle's configuration: id=value.")]
 SeedArg = Annotated[int, typer.Option(help="Seed of every attack.")]
-ProtocolArg = Annotated[str, typer.Option(help="whole (through the inferer, what is deployed), tiles, or both.")]
+ProtocolArg = Annotated[
+    str,
+    typer.Option(
+        help="whole (through the inferer, what is deployed), tiles, both, or prompts (whole, and all prompts at once)."
+    ),
+]
 LabelFreeArg = Annotated[bool, typer.Option("--label-free", help="Attack the model's own prediction, not the label.")]
 
 
@@ -359,11 +364,11 @@ def _attacks(words: Sequence[str]) -> dict[str, Attack]:
 
 
 def _protocols(word: str) -> list[str]:
-    from medrobust.evaluation import TILES, WHOLE
+    from medrobust.evaluation import PROMPTS, TILES, WHOLE
 
-    known = {"whole": [WHOLE], "tiles": [TILES], "both": [WHOLE, TILES]}
+    known = {"whole": [WHOLE], "tiles": [TILES], "both": [WHOLE, TILES], "prompts": [WHOLE, PROMPTS]}
     if word not in known:
-        raise ValueError(f"expected --protocol whole, tiles or both, got {word!r}")
+        raise ValueError(f"expected --protocol whole, tiles, both or prompts, got {word!r}")
     return known[word]
 
 

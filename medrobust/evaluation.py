@@ -26,10 +26,11 @@ from medrobust.metrics.l2 import l2
 from medrobust.metrics.linf import linf
 from medrobust.metrics.psnr import psnr
 from medrobust.metrics.ssim import ssim
+from medrobust.prompting import Arguments, Inputs, attack_all_prompts
 from medrobust.records import CLEAN, Record, versions
 from medrobust.tiles import attack_tiles
 
-WHOLE, TILES = "whole volume", "tiles"
+WHOLE, TILES, PROMPTS = "whole volume", "tiles", "all prompts"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -50,7 +51,7 @@ class Condition:
     Attributes:
         name: short, unique together with ``protocol``.
         attack: ``None`` for the clean image.
-        protocol: ``"whole volume"`` through the inferer, or ``"tiles"`` one by one.
+        protocol: ``"whole volume"`` through the inferer, ``"tiles"`` one by one, ``"all prompts"`` of a case at once.
         match: draw noise with the L2 norm that the condition of this name and protocol had on the same case.
         prompt: key of another prompt than the case's own, on the clean image.
     """
@@ -163,8 +164,7 @@ class Evaluation:
         *,
         saved: Callable[[Condition], tuple[Tensor, Recorded] | None] = lambda condition: None,
         norms: Mapping[tuple[str, str], float] | None = None,
-        arguments: Mapping[str, Any] | None = None,
-        prompted: Callable[[str], Mapping[str, Any]] | None = None,
+        inputs: Inputs | None = None,
     ) -> Iterator[Result]:
         """Evaluate one case under each condition in turn.
 
@@ -175,9 +175,8 @@ class Evaluation:
             wanted: which conditions; the clean prediction is made once in any case.
             saved: gives the adversarial image (C, *S) of a condition, and what made it, instead of crafting it.
             norms: L2 norms measured earlier, by name and protocol, for conditions that match them.
-            arguments: further inputs of the network for this case, such as the tokens of its prompt; the same in the
-                attack and in every prediction. Tensors without a batch dimension, as a data set gives them.
-            prompted: gives the arguments of this case under another prompt, by its key.
+            inputs: what else the network takes for this case, such as the tokens of its prompt; the same in the attack
+                and in every prediction.
 
         Raises:
             ValueError: image, label and network do not fit together.
@@ -188,8 +187,8 @@ class Evaluation:
         check_image(clean, "the evaluation")
         if self.channels is not None and clean.shape[1] != self.channels:
             raise ValueError(f"expected an image of {self.channels} channel(s), got {clean.shape[1]}: is the file 4-D?")
-        given = self._batched(arguments or {})
-        model = bind(self.network, self.inferer, **given).to(self.device)
+        inputs = inputs or Inputs()
+        model = self._bound(inputs.own)
         pred = self._predict(model, clean)
         if label is None and not self.label_free:
             raise ValueError(f"expected a label for case {name}, got none: evaluate label-free or add the label")
@@ -203,10 +202,7 @@ class Evaluation:
             attack = condition.attack
             image_adv = clean
             if condition.prompt:
-                if prompted is None:
-                    raise ValueError(f"expected other prompts of case {name} for {condition.name}, got none")
-                other = bind(self.network, self.inferer, **self._batched(prompted(condition.prompt)))
-                pred_adv = self._predict(other.to(self.device), clean)
+                pred_adv = self._predict(self._bound(inputs.under(condition.prompt)), clean)
             elif attack is not None:
                 kept = saved(condition)
                 if kept is not None:
@@ -215,7 +211,7 @@ class Evaluation:
                 elif isinstance(attack, Attack):
                     if condition.match:
                         attack = RandomNoise(norm="l2", eps=measured[condition.match])
-                    image_adv = self._craft(attack, condition, model, clean, reference, given)
+                    image_adv = self._craft(attack, condition, model, clean, reference, inputs)
                 else:
                     raise ValueError(f"expected the saved volume of {condition.name} for case {name}, got none")
             if not condition.prompt:
@@ -233,8 +229,11 @@ class Evaluation:
                 pred_adv=pred_adv[0],
             )
 
-    def _batched(self, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _batched(self, arguments: Arguments) -> dict[str, Tensor]:
         return {key: value.to(self.device)[None] for key, value in arguments.items()}
+
+    def _bound(self, arguments: Arguments) -> nn.Module:
+        return bind(self.network, self.inferer, **self._batched(arguments)).to(self.device)
 
     def _predict(self, model: nn.Module, image: Tensor) -> Tensor:
         with frozen(model), torch.no_grad():
@@ -251,18 +250,20 @@ class Evaluation:
         model: nn.Module,
         image: Tensor,
         label: Tensor,
-        arguments: Mapping[str, Tensor],
+        inputs: Inputs,
     ) -> Tensor:
         if attack.setting("objective").head == "sigmoid" and len(self.class_names) != 2:
             raise ValueError("expected an objective for a softmax head, got one for sigmoid channels: use the handlers")
         generator = torch.Generator().manual_seed(self.seed)
+        if condition.protocol == PROMPTS:
+            models = [self._bound(arguments) for arguments in inputs.each()]
+            return attack_all_prompts(attack, models, image, label, generator=generator)
         if condition.protocol != TILES:
             return attack(model, image, label, generator=generator)
         if not isinstance(self.inferer, SlidingWindowInferer):
             raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(self.inferer).__name__}")
-        return attack_tiles(
-            attack, bind(self.network, **arguments), image, label, self.inferer.roi_size, generator=generator
-        )
+        network = bind(self.network, **self._batched(inputs.own))
+        return attack_tiles(attack, network, image, label, self.inferer.roi_size, generator=generator)
 
     def _records(
         self,

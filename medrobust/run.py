@@ -31,6 +31,7 @@ from torch import Tensor
 from medrobust.atomic import replacing, write_text
 from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result, slug
 from medrobust.io import load_volume, save_volume, stem, unused
+from medrobust.prompting import Inputs
 from medrobust.records import Record, append, read_csv
 
 Progress = Callable[[str, str], None]
@@ -51,6 +52,7 @@ class Run:
         saved: a run's ``volumes`` folder whose adversarial volumes are evaluated instead of crafting new ones.
         settings: what else every number depends on, such as the bundle and its overrides; JSON types.
         arguments: keys of the preprocessed case that the network takes beside the image, such as ``input_ids``.
+        ensemble: keys of the prompts that an attack on all prompts attacks; ``None`` is all but the empty one.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Run:
     saved: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     arguments: Sequence[str] = ()
+    ensemble: tuple[str, ...] | None = None
     failures: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -140,8 +143,7 @@ class Run:
             wanted,
             saved=lambda c: self._load(name, c, image),
             norms=norms,
-            arguments=self._inputs(data),
-            prompted=lambda key: self._inputs(self._reprompted(data, paths, key)),
+            inputs=self._inputs(data, paths),
         )
         for index, result in enumerate(results):
             affine, meta = (image.affine, image.meta) if isinstance(image, MetaTensor) else (np.eye(4), {})
@@ -155,17 +157,23 @@ class Run:
                 following = wanted[index + 1]
                 progress(name, " ".join(part for part in (following.name, following.protocol) if part))
 
-    def _inputs(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def _inputs(self, data: Mapping[str, Any], paths: Mapping[str, Any]) -> Inputs:
         """What the network takes beside the image."""
-        return {key: data[key] for key in self.arguments}
 
-    def _reprompted(self, data: Mapping[str, Any], paths: Mapping[str, Any], key: str) -> dict[str, Any]:
-        """The preprocessed case under another of its prompts."""
-        from medrobust.data.pairs import Prompted
+        def of(one: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: one[key] for key in self.arguments}
 
         if "prompts" not in paths:
-            raise ValueError(f"expected a case with prompts for the prompt {key!r}, got none")
-        return Prompted(key)({**data, "case": paths["case"], "prompts": paths["prompts"]})
+            return Inputs(own=of(data))
+        from medrobust.data.pairs import under_prompt
+        from medrobust.data.prompts import Ensemble, Fixed
+
+        case = {**data, "case": paths["case"], "prompts": paths["prompts"]}
+        return Inputs(
+            own=of(data),
+            under=lambda key: of(under_prompt(case, Fixed(key).choose(case)[0])),
+            each=lambda: [of(under_prompt(case, prompt)) for prompt in Ensemble(keys=self.ensemble).choose(case)],
+        )
 
     def _note_prompt(self, name: str, data: Mapping[str, Any]) -> None:
         """Write down which prompt a case has, or see that it is the one of the records that are there.

@@ -100,6 +100,25 @@ def test_prompts_and_sizes(bundle: Path, tmp_path: Path) -> None:
     assert not [path for path in (out / "volumes").iterdir() if "prompt" in path.name]
 
 
+def test_an_attack_on_all_prompts_cannot_serve_two_that_disagree(bundle: Path, tmp_path: Path) -> None:
+    """Some prompts ask for what is bright, others for what is dark; on this model the majority's gradient decides."""
+    out = tmp_path / "run"
+    call("evaluate", "-b", bundle, "-o", out, "-a", "fgsm eps=16/255 objective=CE", "--protocol", "prompts")
+    records = [r for r in read_csv(out / "records.csv") if r.metric == "dice" and r.class_name == "organ"]
+    found = {
+        protocol: [r.value for r in records if r.protocol == protocol] for protocol in ("whole volume", "all prompts")
+    }
+    assert found["all prompts"] == [0, 0]
+    assert len(found["whole volume"]) == 4  # the attack, and its noise
+    two = tmp_path / "two"
+    listing = bundle / "test.json"
+    listing.write_text(listing.read_text().replace('["the liver", "liver tissue"]', '"kidney"'))
+    call("evaluate", "-b", bundle, "-o", two, "-a", "fgsm eps=16/255 objective=CE", "--protocol", "prompts")
+    records = [r for r in read_csv(two / "records.csv") if r.metric == "dice" and r.class_name == "organ"]
+    # Now "kidney" and "spleen" outvote "liver", so the image gets better for the prompt of the case.
+    assert [r.value for r in records if r.protocol == "all prompts"] == [1, 1]
+
+
 def test_a_run_keeps_its_prompts(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     call("evaluate", "-b", bundle, "-o", out, "--prompts", "wrong")

@@ -86,7 +86,7 @@ class Prompted(Transform):
         self.tokens = {"truncate": truncate, **tokens}
 
     def __call__(self, data: Mapping[str, Any]) -> Data:
-        return _with(data, self.policy.choose(data)[0], self.tokens)
+        return under_prompt(data, self.policy.choose(data)[0], self.tokens)
 
 
 class RandPrompted(Randomizable, Transform):
@@ -105,11 +105,12 @@ class RandPrompted(Randomizable, Transform):
         keys = [key for key in data["prompts"] if key != EMPTY] if self.keys is None else list(self.keys)
         key = keys[self.R.randint(len(keys))]
         chosen = Fixed(key, seed=int(self.R.randint(2**31 - 1))).choose(data)[0]
-        return _with(data, chosen, self.tokens)
+        return under_prompt(data, chosen, self.tokens)
 
 
-def _with(data: Mapping[str, Any], prompt: Prompt, tokens: Mapping[str, Any]) -> Data:
-    input_ids, _ = tokenize(prompt.text, **tokens)
+def under_prompt(data: Mapping[str, Any], prompt: Prompt, tokens: Mapping[str, Any] | None = None) -> Data:
+    """The case with this prompt's text, key and tokens; ``tokens`` are settings of :func:`tokenize`."""
+    input_ids, _ = tokenize(prompt.text, **(tokens or {}))
     return {**data, "prompt": prompt.text, "prompt_key": prompt.key, "input_ids": input_ids[0]}
 
 
