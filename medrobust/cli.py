@@ -50,6 +50,9 @@ EpsArg = Annotated[str | None, typer.Option(help="Sizes for every attack with an
 PromptsArg = Annotated[
     str | None, typer.Option(help="Also each case under these of its prompts, on the clean image: 'synonym,typo,p0'.")
 ]
+StoredArg = Annotated[
+    str | None, typer.Option(help="Also each attacked picture after storing it: 'png,jpeg75'. For 2-D images.")
+]
 SetArg = Annotated[list[str] | None, typer.Option("--set", help="Override the bundle's configuration: id=value.")]
 SeedArg = Annotated[int, typer.Option(help="Seed of every attack.")]
 ProtocolArg = Annotated[
@@ -106,6 +109,7 @@ def evaluate(
     protocol: ProtocolArg = "whole",
     label_free: LabelFreeArg = False,
     prompts: PromptsArg = None,
+    stored: StoredArg = None,
     saved: Annotated[Path | None, typer.Option(help="`volumes` folder of an earlier run, evaluated again.")] = None,
     pictures: Annotated[bool, typer.Option(help="One picture per case and attack.")] = True,
     lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS; needs the extra medrobust[lpips].")] = False,
@@ -274,6 +278,7 @@ def _prepare(
     overlay: list[Path] | None = None,
     eps: str | None = None,
     prompts: str | None = None,
+    stored: str | None = None,
     seed: int = 0,
     protocol: str = "whole",
     label_free: bool = False,
@@ -289,6 +294,7 @@ def _prepare(
     if eps is not None:
         named = sweep(named, eps.split(","))
     keys = [key.strip() for key in prompts.split(",")] if prompts else []
+    forms = [form.strip() for form in stored.split(",")] if stored else []
     protocols = _protocols(protocol)
     overrides = _overrides(override)
     if named and saved is not None:
@@ -324,7 +330,7 @@ def _prepare(
     run = Run(
         folder=output,
         evaluation=evaluation,
-        conditions=[*_conditions(named, protocols, saved), *prompt_conditions(keys)],
+        conditions=[*_conditions(named, protocols, saved, forms), *prompt_conditions(keys)],
         preprocessing=opened.preprocessing,
         pictures=pictures,
         saved=saved,
@@ -372,11 +378,13 @@ def _protocols(word: str) -> list[str]:
     return known[word]
 
 
-def _conditions(named: Mapping[str, Attack], protocols: Sequence[str], saved: Path | None) -> list[Condition]:
+def _conditions(
+    named: Mapping[str, Attack], protocols: Sequence[str], saved: Path | None, forms: Sequence[str]
+) -> list[Condition]:
     from medrobust.evaluation import conditions
     from medrobust.run import saved_conditions
 
-    return saved_conditions(saved) if saved else conditions(named, protocols)
+    return saved_conditions(saved) if saved else conditions(named, protocols, forms)
 
 
 def _go(run: Run, cases: Sequence[Mapping[str, Any]]) -> None:

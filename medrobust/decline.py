@@ -61,7 +61,7 @@ def decline(records: Iterable[Record]) -> list[Curve]:
     for (attack, protocol, unit), budgets in series.items():
         points = _points(budgets, clean)
         if len(points) >= FEWEST:
-            name = attack.partition("(")[0]
+            name = attack.partition("(")[0] + attack.rpartition(")")[2]
             control = "Noise" in name
             curves.append(
                 Curve(name=name if control else f"{name}, {protocol}", unit=unit, control=control, points=points)

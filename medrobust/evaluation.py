@@ -16,6 +16,7 @@ from medrobust.attacks.base import Attack, check_image, check_label_grid, frozen
 from medrobust.attacks.objectives import predict
 from medrobust.attacks.random_noise import RandomNoise
 from medrobust.attacks.vafa import VAFA
+from medrobust.data.images import as_stored
 from medrobust.inferers import bind
 from medrobust.metrics import load, status
 from medrobust.metrics.dice import dice
@@ -54,6 +55,7 @@ class Condition:
         protocol: ``"whole volume"`` through the inferer, ``"tiles"`` one by one, ``"all prompts"`` of a case at once.
         match: draw noise with the L2 norm that the condition of this name and protocol had on the same case.
         prompt: key of another prompt than the case's own, on the clean image.
+        stored: the condition whose image is stored first, and how: ``("PGD", "jpeg75")``.
     """
 
     name: str
@@ -61,18 +63,27 @@ class Condition:
     protocol: str = ""
     match: tuple[str, str] | None = None
     prompt: str = ""
+    stored: tuple[str, str] | None = None
+
+    @property
+    def text(self) -> str:
+        """What records call the attack."""
+        return repr(self.attack or "") + (f" stored as {self.stored[1]}" if self.stored else "")
 
 
 CLEAN_CONDITION = Condition(name=CLEAN)
 
 
-def conditions(attacks: Mapping[str, Attack], protocols: Sequence[str] = (WHOLE,)) -> list[Condition]:
+def conditions(
+    attacks: Mapping[str, Attack], protocols: Sequence[str] = (WHOLE,), stored: Sequence[str] = ()
+) -> list[Condition]:
     """The clean condition, then every attack under every protocol, each beside its controls.
 
     The control of an attack in a norm ball is the largest noise of the same ball. Those of a frequency attack are the
     coarsest tables without any optimisation, and noise of the same L2 norm: what the attack does beyond them is what
     it learned. Attacks that look at neither model nor label are the same under every protocol and run once; so do
-    attacks in an L2 ball, of which every tile would get a whole one.
+    attacks in an L2 ball, of which every tile would get a whole one. Each attacked picture is also evaluated as it is
+    read back after storing it in each of the forms ``stored``, such as ``png`` and ``jpeg75``.
 
     Raises:
         ValueError: a targeted attack (there is no target here), or a name that stands for two things.
@@ -90,7 +101,12 @@ def conditions(attacks: Mapping[str, Attack], protocols: Sequence[str] = (WHOLE,
             budget = f"{eps * 255:g}/255" if norm == "linf" else f"L2 {eps:g}"
             found.append(Condition(name=f"noise {budget}", attack=noise, protocol=WHOLE))
         once = attack.blind or norm == "l2"
-        found += [Condition(name=name, attack=attack, protocol=p) for p in ([WHOLE] if once else protocols)]
+        for protocol in [WHOLE] if once else protocols:
+            found.append(Condition(name=name, attack=attack, protocol=protocol))
+            found += [
+                Condition(name=f"{name} as {form}", attack=attack, protocol=protocol, stored=(name, form))
+                for form in stored
+            ]
         if isinstance(attack, VAFA):
             coarse = replace(attack, steps=0, q_init=attack.q_max, ssim_weight=0.0, final="hard")
             found.append(Condition(name=f"{name} tables only", attack=coarse, protocol=WHOLE))
@@ -198,6 +214,7 @@ class Evaluation:
             check_label_grid(clean, reference, f"case {name}")
             reference = reference.long()
         measured = dict(norms or {})
+        crafted: dict[tuple[str, str], Tensor] = {}
         for condition in wanted:
             attack = condition.attack
             image_adv = clean
@@ -211,7 +228,13 @@ class Evaluation:
                 elif isinstance(attack, Attack):
                     if condition.match:
                         attack = RandomNoise(norm="l2", eps=measured[condition.match])
-                    image_adv = self._craft(attack, condition, model, clean, reference, inputs)
+                    key = condition.stored[0] if condition.stored else condition.name, condition.protocol
+                    if key not in crafted:
+                        crafted = {key: self._craft(attack, condition, model, clean, reference, inputs)}
+                    image_adv = crafted[key]
+                    if condition.stored:
+                        image_adv = as_stored(image_adv[0], condition.stored[1])[None]
+                        attack = Recorded(text=condition.text, seed=self.seed)
                 else:
                     raise ValueError(f"expected the saved volume of {condition.name} for case {name}, got none")
             if not condition.prompt:

@@ -59,7 +59,7 @@ def attack_all_prompts(
         together = replace(attack, objective=replace(objective, head="sigmoid"))
     except TypeError as error:
         raise ValueError(
-            f"expected an objective with a head to attack all prompts, got {objective!r}: choose another, such as SoftDice"
+            f"expected an objective with a head to attack all prompts, got {objective!r}: choose SoftDice, say"
         ) from error
     wanted = label.expand(-1, len(models), *label.shape[2:])
     return together(AllPrompts(models), image, wanted, generator=generator)

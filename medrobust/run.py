@@ -112,7 +112,7 @@ class Run:
                 raise ValueError(f"expected {name} as in {self.folder}, got another file of that name: {other}")
         attacks = {(r.condition, r.protocol): r.attack for r in self._records() if not self._matched(r.condition)}
         for condition in self.conditions:
-            before, now = attacks.get((condition.name, condition.protocol)), repr(condition.attack or "")
+            before, now = attacks.get((condition.name, condition.protocol)), condition.text
             if before and not condition.match and not self.saved and before != now:
                 hint = f"name it, as in 'mine: {condition.name.lower()} ...', or {other}"
                 raise ValueError(f"expected {condition.name} as in {self.folder}, got other settings: {hint}")
@@ -147,7 +147,7 @@ class Run:
         )
         for index, result in enumerate(results):
             affine, meta = (image.affine, image.meta) if isinstance(image, MetaTensor) else (np.eye(4), {})
-            if self.volumes and not self.saved and not result.condition.prompt:
+            if self.volumes and not self.saved and not (result.condition.prompt or result.condition.stored):
                 self._keep(name, result, affine, meta)
             if self._key(name, result.condition) not in done:
                 append(result.records, self.records_path)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from medrobust.data import ct_slices, slices
 from medrobust.data.ct_organs import CLASSES
+from medrobust.data.images import as_stored, load_image
 from medrobust.data.pairs import LoadPair, Prompted, RandPrompted
 from medrobust.data.tokenizer import EOT, SOT, encode
 
@@ -164,3 +165,20 @@ def test_prompts_of_the_panel_are_what_they_are_called() -> None:
         trained = {prompts[key] for key in ct_slices.TRAINED}
         assert not trained & {*prompts["synonym"], prompts["typo"]}
         assert encode(prompts["name"])[0] == SOT
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_stored_is_what_a_file_gives_back(tmp_path: Path, channels: int) -> None:
+    image = torch.rand(channels, 16, 24, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(as_stored(image, "png"), (image * 255).round() / 255)
+    levels = (image * 255).round().byte().numpy()
+    picture = Image.fromarray(levels[0] if channels == 1 else np.ascontiguousarray(np.moveaxis(levels, 0, -1)))
+    picture.save(tmp_path / "a.jpg", quality=60)
+    assert torch.equal(as_stored(image, "jpeg60").expand(3, -1, -1), load_image(tmp_path / "a.jpg"))
+    assert (as_stored(image, "jpeg10") - image).abs().mean() > (as_stored(image, "jpeg95") - image).abs().mean()
+
+
+@pytest.mark.parametrize(("shape", "form"), [((1, 4, 4), "jpeg0"), ((1, 4, 4), "tiff"), ((2, 4, 4), "png")])
+def test_other_forms_and_volumes_cannot_be_stored(shape: tuple[int, ...], form: str) -> None:
+    with pytest.raises(ValueError, match="to store as"):
+        as_stored(torch.zeros(shape), form)

@@ -119,6 +119,26 @@ def test_an_attack_on_all_prompts_cannot_serve_two_that_disagree(bundle: Path, t
     assert [r.value for r in records if r.protocol == "all prompts"] == [1, 1]
 
 
+def test_pictures_after_storing(bundle: Path, tmp_path: Path) -> None:
+    """12.6/255 turns the object dark in memory; rounding gives 127 or 128 of 140 - 12.6, so PNG decides at 127.5."""
+    out = tmp_path / "run"
+    call("evaluate", "-b", bundle, "-o", out, "-a", "fgsm eps=12.6/255", "--stored", "png,jpeg30")
+    assert dice(out, "FGSM") == [0, 0]
+    assert dice(out, "FGSM as png") == [0, 0]  # 127.4 is stored as 127
+    linf = {r.condition: r.value * 255 for r in read_csv(out / "records.csv") if r.metric == "linf"}
+    assert linf["FGSM"] == pytest.approx(12.6, abs=1e-3)
+    assert linf["FGSM as png"] == pytest.approx(13, abs=1e-3)
+    assert linf["FGSM as jpeg30"] != pytest.approx(13, abs=0.2)
+    texts = {r.condition: r.attack for r in read_csv(out / "records.csv")}
+    assert texts["FGSM as png"] == texts["FGSM"] + " stored as png"
+    # Going on with the same command finds everything there.
+    assert "already there" in call(
+        "evaluate", "-b", bundle, "-o", out, "-a", "fgsm eps=12.6/255", "--stored", "png,jpeg30"
+    )
+    text = call("evaluate", "-b", bundle, "-o", tmp_path / "x", "-a", "fgsm", "--stored", "gif", code=1)
+    assert "expected to store as png or jpeg1 to jpeg100, got 'gif'" in text.replace("\n", " ")
+
+
 def test_a_run_keeps_its_prompts(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     call("evaluate", "-b", bundle, "-o", out, "--prompts", "wrong")

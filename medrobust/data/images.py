@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +104,30 @@ def save_mask(mask: Tensor, path: str | PathLike[str]) -> None:
     picture = Image.fromarray(mask[0].mul(255).byte().cpu().numpy())
     with replacing(path) as partial_file:
         picture.save(partial_file)
+
+
+def as_stored(image: Tensor, form: str) -> Tensor:
+    """What is read back of an image (1 or 3, H, W) in [0, 1] after it was stored with 8 bits a channel.
+
+    Args:
+        form: ``"png"`` rounds to 1/255 and no more; ``"jpeg75"`` also compresses with that quality, 1 to 100.
+
+    Raises:
+        ValueError: another form, or no picture.
+    """
+    quality = form.removeprefix("jpeg")
+    if form != "png" and not (form.startswith("jpeg") and quality.isdigit() and 1 <= int(quality) <= 100):
+        raise ValueError(f"expected to store as png or jpeg1 to jpeg100, got {form!r}")
+    if image.ndim != 3 or len(image) not in (1, 3):
+        raise ValueError(f"expected a picture (1 or 3, H, W) to store as {form}, got {tuple(image.shape)}")
+    levels = (image.detach().cpu() * 255).round().byte()
+    if form == "png":
+        return (levels / 255).to(image)
+    file = BytesIO()
+    picture = levels[0].numpy() if len(levels) == 1 else np.moveaxis(levels.numpy(), 0, -1)
+    Image.fromarray(np.ascontiguousarray(picture)).save(file, format="jpeg", quality=int(quality))
+    read = np.array(Image.open(file))
+    return (torch.from_numpy(read[None] if read.ndim == 2 else np.moveaxis(read, -1, 0)) / 255).to(image)
 
 
 def _levels(path: str | PathLike[str], mode: Mode) -> np.ndarray[Any, Any]:
