@@ -61,7 +61,8 @@ def sweep(named: Mapping[str, Attack], sizes: Sequence[str]) -> dict[str, Attack
             found[name] = attack
             continue
         for size in sizes:
-            found[f"{name} {size.strip()}"] = dataclasses.replace(attack, eps=parse_value(size.strip()))
+            setting: dict[str, Any] = {"eps": parse_value(size.strip())}
+            found[f"{name} {size.strip()}"] = dataclasses.replace(attack, **setting)
     if len({parse_value(size.strip()) for size in sizes}) < len(sizes) or found.keys() == named.keys():
         raise ValueError(
             f"expected sizes that differ and an attack with an eps, got {', '.join(sizes)} for {', '.join(named)}"

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from nibabel.filebasedimages import ImageFileError
 
 ENDINGS = (".nii", ".nii.gz")
 
@@ -88,7 +89,7 @@ def _volume(path: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
             raise ValueError(f"expected a volume of three axes in {Path(path).name}, got {image.shape}")
         upright = nib.as_closest_canonical(image)
         volume, affine = np.asarray(upright.dataobj), np.asarray(upright.affine)
-    except (nib.filebasedimages.ImageFileError, EOFError) as error:
+    except (ImageFileError, EOFError) as error:
         raise OSError(f"expected a whole NIfTI volume in {Path(path).name}, got: {error}") from error
     volume.setflags(write=False)
     return volume, affine
