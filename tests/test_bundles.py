@@ -358,7 +358,9 @@ def test_every_regime_trains_from_given_weights(
     assert [key for key in row if key.startswith("loss_")] == REGIMES[regime]
     if regime == "vaft":
         parts = [float(row[key]) for key in REGIMES["vaft"]]
-        assert float(row["loss"]) == pytest.approx(sum(parts), rel=1e-5)
+        weights = (1, flow.parser.get("adversarial_weight", 1), flow.parser["frequency_weight"])
+        total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-5)
         assert parts[2] > 0
     started_from = torch.load(settings[name]["ckpt_path"], weights_only=True)
     moved = max((now - started_from[key]).abs().max().item() for key, now in flow.network_def.named_parameters())
