@@ -221,7 +221,7 @@ MISTAKES = [
     (("-a", "pgd stepz=3"), "did you mean steps"),
     (("-a", "pgd", "-a", "pgd steps=3"), "twice"),
     ((), "at least one --attack"),
-    (("-a", "pgd", "--protocol", "patches"), "whole, tiles or both"),
+    (("-a", "pgd", "--protocol", "patches"), "whole, tiles, both or prompts"),
     (("-a", "pgd", "--set", "validate#inferer#overlp=0.1"), "did you mean validate#inferer#overlap"),
     (("-a", "pgd", "--set", "overlap"), "expected --set id=value"),
     (("-a", "pgd", "--split", "test"), "expected a split"),

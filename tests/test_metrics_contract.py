@@ -15,9 +15,10 @@ from medrobust.metrics.dice import dice
 from medrobust.metrics.flip_rate import flip_rate
 
 CLASSES = 4
-COLUMNS = {"dice": CLASSES, "hd95": CLASSES}
+COLUMNS = {"dice": CLASSES, "iou": CLASSES, "hd95": CLASSES}
 SETTINGS = {
     "dice": {"num_classes": CLASSES},
+    "iou": {"num_classes": CLASSES},
     "hd95": {"num_classes": CLASSES, "spacing": 1.5},
     "dice_as_published": {"num_classes": CLASSES},
     "hd95_as_published": {"num_classes": CLASSES},

@@ -1,11 +1,12 @@
-"""Dice against closed form and MONAI."""
+"""Dice and IoU against closed form and MONAI."""
 
 import torch
-from monai.metrics import DiceMetric
+from monai.metrics import DiceMetric, MeanIoU
 from monai.networks.utils import one_hot
 
 from medrobust.metrics.dice import dice
 from medrobust.metrics.dice_as_published import dice_as_published
+from medrobust.metrics.iou import iou
 
 
 def test_known_values() -> None:
@@ -13,11 +14,13 @@ def test_known_values() -> None:
     reference = torch.tensor([0, 0, 1, 1, 2, 2]).view(1, 1, 2, 3)
     # class 0: 2*1/(2+2); class 1: 2*2/(3+2); class 2 missed; class 3 invented; class 4 in neither
     torch.testing.assert_close(dice(prediction, reference, 5), torch.tensor([[0.5, 0.8, 0.0, 0.0, 1.0]]))
+    # The same counts over unions: 1/3, 2/3.
+    torch.testing.assert_close(iou(prediction, reference, 5), torch.tensor([[1 / 3, 2 / 3, 0.0, 0.0, 1.0]]))
     # over the classes of the reference: 0, 1 and 2
     torch.testing.assert_close(dice_as_published(prediction, reference, 5), torch.tensor([[1.3 / 3]]))
 
 
-def test_both_equal_monai() -> None:
+def test_all_equal_monai() -> None:
     generator = torch.Generator().manual_seed(1)
     prediction, reference = torch.randint(0, 5, (2, 3, 1, 6, 5, 4), generator=generator)
     prediction[0][prediction[0] == 2] = 0
@@ -26,6 +29,9 @@ def test_both_equal_monai() -> None:
 
     whole = DiceMetric(include_background=True, ignore_empty=False, reduction="none")
     torch.testing.assert_close(dice(prediction, reference, 6), whole(*maps))
+
+    overlap = MeanIoU(include_background=True, ignore_empty=False, reduction="none")
+    torch.testing.assert_close(iou(prediction, reference, 6), overlap(*maps))
 
     published = DiceMetric(include_background=True, reduction="none")(*maps)
     assert published.isnan().any()
