@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from medrobust.attacks.objectives import Objective, SoftDice, predict
-from medrobust.attacks.threat import ThreatModel
+from medrobust.attacks.threat import ThreatModel, Within
 
 Model = Callable[[Tensor], Tensor]
 """Anything with ``model(image) -> logits``, differentiable in ``image``."""
@@ -57,7 +57,13 @@ class Attack(ABC):
 
     @final
     def __call__(
-        self, model: Model, image: Tensor, label: Tensor | None = None, *, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        image: Tensor,
+        label: Tensor | None = None,
+        *,
+        region: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Attack ``model`` on a batch.
 
@@ -66,8 +72,10 @@ class Attack(ABC):
                 frozen meanwhile; both come back as they were, whatever happens. Of any other callable that is the
                 caller's business: bind a network and its inferer with ``medrobust.inferers.bind``.
             image: (B, C, H, W) or (B, C, H, W, D), intensities in [0, 1]. Metadata is stripped, not carried over.
-            label: (B, 1, *S) classes, or (B, K, *S) for overlapping sigmoid channels. ``None``: the model's own
-                prediction on the clean image, so that no annotation is needed.
+            label: (B, 1, *S) classes, or (B, K, *S) for overlapping sigmoid channels; voxels of -1 have no say.
+                ``None``: the model's own prediction on the clean image, so that no annotation is needed.
+            region: (B or 1, C or 1, *S) bool, the only voxels that may change, such as the body or one organ. A random
+                start in an L2 ball spends part of the budget outside, where it is dropped: prefer attacks without one.
             generator: source of all chance. ``None``: a fresh one with seed 0, so that calls repeat.
 
         Returns:
@@ -87,8 +95,17 @@ class Attack(ABC):
                     label = predict(model(image), self.setting("objective").head)
             label = label.detach().clone().to(image.device)
             check_label_grid(image, label, type(self).__name__)
-            image_adv = self.perturb(model, image, label, generator or torch.Generator().manual_seed(0)).detach()
-            return self.threat.project(image_adv, image).detach()
+            threat, asked = self.threat, model
+            if region is not None:
+                inside = check_region(image, _plain(region), type(self).__name__)
+                threat = Within(threat, inside)
+                clean = image
+
+                def asked(x: Tensor) -> Tensor:
+                    return model(torch.where(inside, x, clean))
+
+            image_adv = self.perturb(asked, image, label, generator or torch.Generator().manual_seed(0)).detach()
+            return threat.project(image_adv, image).detach()
 
     def score(self, model: Model, image: Tensor, label: Tensor) -> Tensor:
         """What the attacker maximises, (B,): the objective, or its negative when targeted.
@@ -96,17 +113,38 @@ class Attack(ABC):
         Raises:
             ValueError: it is not finite; no attack could tell a better image from a worse one.
         """
-        value: Tensor = self.setting("objective")(model(image), label)
+        return self.judge(self.setting("objective"), model(image), label)
+
+    def judge(self, objective: Objective, logits: Tensor, label: Tensor) -> Tensor:
+        """An objective's value as this attacker sees it, (B,): larger is better for the attacker.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        value: Tensor = aimed(objective, self.targeted)(logits, label)
         if not torch.isfinite(value).all():
             raise ValueError(f"expected finite objectives, got {value.tolist()}: does the model give NaN or infinity?")
         return -value if self.targeted else value
 
-    def gradient(self, model: Model, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, model: Model, image: Tensor, label: Tensor, objective: Objective | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Score (B,) and its gradient with respect to the image only, (B, C, *S)."""
+        value, gradient, _ = self.ascent(model, image, label, objective)
+        return value, gradient
+
+    def ascent(
+        self, model: Model, image: Tensor, label: Tensor, objective: Objective | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score (B,), its gradient, and the logits it came from, so that other objectives cost no second forward.
+
+        ``objective`` replaces the attack's own, for attacks that change it from step to step.
+        """
         image = image.detach().requires_grad_()
-        value = self.score(model, image, label)
+        logits = model(image)
+        value = self.judge(objective or self.setting("objective"), logits, label)
         (gradient,) = torch.autograd.grad(value.sum(), image)
-        return value.detach(), gradient
+        return value.detach(), gradient, logits.detach()
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{field.name}={self.setting(field.name)!r}" for field in fields(self))
@@ -129,6 +167,22 @@ class Best:
         self.score = torch.where(better, score, self.score)
         self.image_adv = torch.where(per_case(better, image_adv), image_adv.detach(), self.image_adv)
         return better
+
+
+def aimed(objective: Objective, targeted: bool) -> Objective:
+    """The objective as a targeted attack reads it: one that looks at where the model is right then looks at where it is
+    not yet what the attacker wants.
+    """
+    if not targeted or not hasattr(objective, "targeted"):
+        return objective
+    turned: Objective = replace(objective, targeted=True)  # type: ignore[type-var]
+    return turned
+
+
+def at(objective: Objective, step: int, steps: int) -> Objective:
+    """The objective of step ``step`` of 0 .. ``steps`` - 1, for objectives that change on the way."""
+    scheduled: Callable[[int, int], Objective] | None = getattr(objective, "at", None)
+    return scheduled(step, steps) if scheduled else objective
 
 
 def per_case(values: Tensor, like: Tensor) -> Tensor:
@@ -187,6 +241,25 @@ def check_image(image: Tensor, attack: str) -> None:
             f"{attack} expected image intensities in [0, 1], got [{low:g}, {high:g}]: scale the image before attacking "
             "it, for example with MONAI's ScaleIntensityRange(..., b_min=0, b_max=1, clip=True)"
         )
+
+
+def check_region(image: Tensor, region: Tensor, attack: str) -> Tensor:
+    """The region as bool on the image's device.
+
+    Raises:
+        ValueError: it does not fit the image, is no mask, or is empty.
+    """
+    fits = region.ndim == image.ndim and region.shape[2:] == image.shape[2:]
+    if not fits or any(have not in (1, want) for have, want in zip(region.shape[:2], image.shape[:2], strict=True)):
+        raise ValueError(
+            f"{attack} expected a region (B or 1, C or 1, *S) for an image {tuple(image.shape)}, got "
+            f"{tuple(region.shape)}: resample it onto the image"
+        )
+    if region.dtype != torch.bool and not ((region == 0) | (region == 1)).all():
+        raise ValueError(f"{attack} expected a region of 0 and 1, got other values: compare a label map with a class")
+    if not region.any():
+        raise ValueError(f"{attack} expected a region with voxels in it, got an empty one: is it the right class?")
+    return region.bool().to(image.device)
 
 
 def check_label_grid(image: Tensor, label: Tensor, attack: str) -> None:

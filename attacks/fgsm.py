@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medrobust.attacks.base import Attack, Model
 from medrobust.attacks.norms import Norm, ball, steepest
-from medrobust.attacks.threat import ThreatModel
+from medrobust.attacks.threat import Eps, ThreatModel, radius
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -17,11 +17,12 @@ class FGSM(Attack):
     """Go to the edge of the ball in one step: ``image + eps * sign(gradient)`` for ``linf``.
 
     Args:
-        eps: radius; intensity in [0, 1] for ``linf``, Euclidean norm for ``l2``.
+        eps: radius; intensity in [0, 1] for ``linf``, Euclidean norm for ``l2``; a tuple of one a channel
+            (``linf``), or a tuple of rows, one a case.
         norm: which ball.
     """
 
-    eps: float = 8 / 255
+    eps: Eps = 8 / 255
     norm: Norm = "linf"
 
     def __post_init__(self) -> None:
@@ -33,4 +34,4 @@ class FGSM(Attack):
 
     def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         _, gradient = self.gradient(model, image, label)
-        return image + self.eps * steepest(self.norm, gradient)
+        return image + radius(self.eps, image) * steepest(self.norm, gradient)

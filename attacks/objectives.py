@@ -6,6 +6,8 @@ Three kinds of head are understood:
 * softmax, K > 1: ``label`` (B, 1, *S) of integer classes 0..K-1;
 * one sigmoid channel, K = 1: ``label`` (B, 1, *S) of 0 and 1;
 * several sigmoid channels that may overlap, ``head="sigmoid"``: ``label`` (B, K, *S) of 0 and 1.
+
+Voxels labelled -1 have no say.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Head = Literal["softmax", "sigmoid"]
+
+IGNORED = -1
+"""The label of voxels that have no say."""
 
 
 class Objective(Protocol):
@@ -65,11 +70,13 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
         check_label(logits, label, self.head)
-        logits = full_precision(logits)
+        logits, valid = full_precision(logits), label.flatten(1) >= 0
         if is_softmax(logits, self.head):
-            return F.cross_entropy(logits, label[:, 0].long(), reduction="none").flatten(1).mean(1)
-        target = label.to(logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1)
+            voxels = F.cross_entropy(logits, label[:, 0].long(), reduction="none", ignore_index=IGNORED)
+        else:
+            target = label.to(logits.dtype)
+            voxels = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return torch.where(valid, voxels.flatten(1), 0).sum(1) / valid.sum(1).clamp_min(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +105,14 @@ def predict(logits: Tensor, head: Head) -> Tensor:
 
 
 def probabilities(logits: Tensor, label: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Probabilities and one-hot labels, both (B, K, voxels), in float32 at least."""
+    """Probabilities and one-hot labels, both (B, K, voxels), in float32 at least; both 0 where a voxel has no say."""
     check_label(logits, label, head)
-    flat = full_precision(logits).flatten(2)
+    flat, y = full_precision(logits).flatten(2), label.flatten(2)
+    valid = y >= 0
     if not is_softmax(logits, head):
-        return torch.sigmoid(flat), label.flatten(2).to(flat.dtype)
+        return torch.where(valid, torch.sigmoid(flat), 0), (y > 0).to(flat.dtype)
     classes = torch.arange(flat.shape[1], device=flat.device).view(1, -1, 1)
-    return torch.softmax(flat, 1), (label.flatten(2) == classes).to(flat.dtype)
+    return torch.where(valid, torch.softmax(flat, 1), 0), (y == classes).to(flat.dtype)
 
 
 def full_precision(logits: Tensor) -> Tensor:
@@ -127,8 +135,9 @@ def check_label(logits: Tensor, label: Tensor, head: Head) -> None:
         )
     classes = logits.shape[1] if channels == 1 and logits.shape[1] > 1 else 2
     low, high = label.min().item(), label.max().item()
-    if low < 0 or high >= classes:
+    if low < IGNORED or high >= classes:
         raise ValueError(
             f"expected label values in 0..{classes - 1} for logits {tuple(logits.shape)} and a {head} head, "
-            f"got {low:g}..{high:g}. Map the label to the network's classes first"
+            f"got {low:g}..{high:g}. Map the label to the network's classes first; only {IGNORED}, for voxels without "
+            "a say, may lie outside"
         )

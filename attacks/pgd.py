@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medrobust.attacks.base import Attack, Best, Model
-from medrobust.attacks.norms import Norm, ball, random_start, steepest
-from medrobust.attacks.threat import ThreatModel
+from medrobust.attacks.base import Attack, Best, Model, at
+from medrobust.attacks.norms import Norm, ball, random_start, scaled, steepest
+from medrobust.attacks.objectives import Objective
+from medrobust.attacks.threat import Eps, ThreatModel, radius
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -18,7 +19,8 @@ class PGD(Attack):
     """Step along the steepest direction, project, repeat; keep the best image seen.
 
     Args:
-        eps: radius; intensity in [0, 1] for ``linf``, Euclidean norm for ``l2``.
+        eps: radius; intensity in [0, 1] for ``linf``, Euclidean norm for ``l2``; a tuple of one a channel
+            (``linf``), or a tuple of rows, one a case.
         norm: which ball.
         steps: gradient steps of one run; the image after the last one is judged too.
         step_size: length of a step, in the unit of ``eps``; ``None`` is ``2.5 * eps / steps`` (the paper's rule).
@@ -27,10 +29,10 @@ class PGD(Attack):
         keep_best: return the iterate of the highest score; ``False``, the textbook form, returns the last one.
     """
 
-    eps: float = 8 / 255
+    eps: Eps = 8 / 255
     norm: Norm = "linf"
     steps: int = 20
-    step_size: float | None = None
+    step_size: Eps | None = None
     random_start: bool = True
     restarts: int = 1
     keep_best: bool = True
@@ -45,24 +47,32 @@ class PGD(Attack):
             )
 
     def defaults(self) -> dict[str, Any]:
-        return {**super().defaults(), "step_size": 2.5 * self.eps / self.steps}
+        return {**super().defaults(), "step_size": scaled(self.eps, 2.5 / self.steps)}
 
     @property
     def threat(self) -> ThreatModel:
         return ball(self.norm, self.eps)
 
+    def criterion_of(self) -> Objective | None:
+        """What the best image is chosen by; ``None``: the objective itself, which then must not change on the way."""
+        return None
+
     def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         best = Best()
         image_adv = image
+        criterion = self.criterion_of()
+        step_size = radius(self.setting("step_size"), image)
         for _ in range(self.restarts):
             start = random_start(self.norm, self.eps, image, generator) if self.random_start else image
             image_adv = self.threat.project(start, image)
-            for _ in range(self.steps):
-                score, gradient = self.gradient(model, image_adv, label)
-                best.update(score, image_adv)
-                step = self.setting("step_size") * steepest(self.norm, gradient)
-                image_adv = self.threat.project(image_adv + step, image)
+            for step in range(self.steps):
+                objective = at(self.setting("objective"), step, self.steps)
+                score, gradient, logits = self.ascent(model, image_adv, label, objective)
+                if self.keep_best:
+                    best.update(self.judge(criterion, logits, label) if criterion else score, image_adv)
+                image_adv = self.threat.project(image_adv + step_size * steepest(self.norm, gradient), image)
             if self.keep_best:
                 with torch.no_grad():
-                    best.update(self.score(model, image_adv, label), image_adv)
+                    judged = criterion or self.setting("objective")
+                    best.update(self.judge(judged, model(image_adv), label), image_adv)
         return best.image_adv if self.keep_best and best.image_adv is not None else image_adv

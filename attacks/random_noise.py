@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medrobust.attacks.base import Attack, Model, draw, per_case
 from medrobust.attacks.norms import Norm, ball
-from medrobust.attacks.threat import ThreatModel
+from medrobust.attacks.threat import Eps, ThreatModel, radius
 
 HALVINGS = 40
 
@@ -23,13 +23,14 @@ class RandomNoise(Attack):
     that its norm is ``eps`` after clipping to [0, 1].
 
     Args:
-        eps: radius of the ball; intensity in [0, 1] for ``linf``, Euclidean norm over all voxels for ``l2``.
+        eps: radius of the ball; intensity in [0, 1] for ``linf``, Euclidean norm over all voxels for ``l2``; a tuple
+            of one a channel (``linf``), or a tuple of rows, one a case.
         norm: which ball.
     """
 
     blind: ClassVar[bool] = True
 
-    eps: float = 8 / 255
+    eps: Eps = 8 / 255
     norm: Norm = "linf"
 
     def __post_init__(self) -> None:
@@ -42,14 +43,14 @@ class RandomNoise(Attack):
     def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         noise = draw(torch.randn, image, generator)
         if self.norm == "linf":
-            return image + self.eps * torch.where(noise < 0, -1.0, 1.0).to(image)
+            return image + radius(self.eps, image) * torch.where(noise < 0, -1.0, 1.0).to(image)
         return self._scaled(image, noise.expand_as(image))
 
     def _scaled(self, image: Tensor, noise: Tensor) -> Tensor:
         """Bisect the scale at which the clipped noise has the wanted norm: the norm grows with the scale."""
         low = image.new_zeros(len(image))
         high = torch.full_like(low, 2.0 / noise.abs().amax().clamp_min(1e-9).item())
-        target = torch.full_like(low, self.eps)
+        target = torch.zeros_like(low) + torch.as_tensor(radius(self.eps, image)).flatten().to(low)
         for _ in range(HALVINGS):
             short = self._norm(image, noise, high) < target
             if not short.any():

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from medrobust.transforms.blocks import merge, split
 
+Eps = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+"""A radius: one number, a tuple of one a channel, or a tuple of rows, one a case, as long as the channels or 1."""
+
 SLACK = 1e-6
 """A norm this much (relative) above its bound counts as on it: without, rounding would make projections drift."""
 
@@ -26,6 +29,21 @@ class ThreatModel(Protocol):
     def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
         """The allowed image that stands for ``image_adv`` (B, C, *S) around ``image`` (B, C, *S)."""
         ...
+
+
+def radius(eps: Eps, image: Tensor) -> Tensor | float:
+    """Radii that broadcast over an image (B, C, *S).
+
+    Raises:
+        ValueError: as many channels or cases as the image does not have.
+    """
+    if not isinstance(eps, tuple):
+        return eps
+    rows = torch.as_tensor(eps, dtype=image.dtype, device=image.device)
+    rows = rows if rows.ndim == 2 else rows[None]
+    if any(have not in (1, wanted) for have, wanted in zip(rows.shape, image.shape, strict=False)):
+        raise ValueError(f"expected eps for images {tuple(image.shape[:2])} (cases, channels), got {eps}")
+    return rows.reshape(*rows.shape, *[1] * (image.ndim - 2))
 
 
 @dataclass(frozen=True)
@@ -40,22 +58,40 @@ class IntensityRange:
 class LinfBall:
     """No voxel moves by more than ``eps`` (intensity in [0, 1])."""
 
-    eps: float
+    eps: Eps
 
     def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
-        return torch.clamp(image_adv, image - self.eps, image + self.eps).clamp(0, 1)
+        eps = radius(self.eps, image)
+        return torch.clamp(image_adv, image - eps, image + eps).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class L2Ball:
     """The perturbation of a case has a Euclidean norm of at most ``eps`` over all its channels and voxels."""
 
-    eps: float
+    eps: Eps
 
     def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
         delta = image_adv - image
         # Clipping afterwards only shortens the perturbation, because the clean image lies in [0, 1].
-        return (image + delta * _shrink(delta, self.eps, delta.ndim - 1)).clamp(0, 1)
+        return (image + delta * _shrink(delta, radius(self.eps, image), delta.ndim - 1)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Within:
+    """An image that ``inner`` allows and that differs from the clean one only in a region.
+
+    Args:
+        inner: the threat model without the region.
+        region: (B or 1, C or 1, *S) bool, where the attacker may change the image.
+    """
+
+    inner: ThreatModel
+    region: Tensor
+
+    def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
+        inside = torch.where(self.region, image_adv, image)
+        return torch.where(self.region, self.inner.project(inside, image), image)
 
 
 @dataclass(frozen=True)
@@ -96,7 +132,7 @@ def slices_last(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(1, (like.shape[1], like.shape[-1])).movedim(2, -1)
 
 
-def _shrink(delta: Tensor, limit: float, dims: int) -> Tensor:
+def _shrink(delta: Tensor, limit: Tensor | float, dims: int) -> Tensor:
     """Factor in (0, 1] that brings the norm over the last ``dims`` dimensions to ``limit``."""
     norm = torch.linalg.vector_norm(delta, dim=tuple(range(-dims, 0)), keepdim=True, dtype=torch.float64)
     factor = torch.where(norm > limit * (1 + SLACK), limit / norm.clamp_min(torch.finfo(torch.float64).tiny), 1.0)

@@ -35,7 +35,11 @@ BundleArg = Annotated[
 OutputArg = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")]
 AttackArg = Annotated[
     list[str] | None,
-    typer.Option("--attack", "-a", help="Such as 'pgd eps=8/255 steps=40'. Repeat for several. See `medrobust list`."),
+    typer.Option(
+        "--attack",
+        "-a",
+        help="Such as 'pgd eps=8/255 steps=40' or 'sea eps=8/255 budget=fast'. May be repeated. See `medrobust list`.",
+    ),
 ]
 WeightsArg = Annotated[Path | None, typer.Option(help="Checkpoint; default: the bundle's own.")]
 SplitArg = Annotated[str, typer.Option(help="Cases of the bundle: validation or training.")]
@@ -358,14 +362,14 @@ def _overrides(words: Sequence[str] | None) -> dict[str, Any]:
 
 
 def _attacks(words: Sequence[str]) -> dict[str, Attack]:
-    from medrobust.parsing import parse_attack
+    from medrobust.parsing import parse_attack, parse_ensemble
 
     named: dict[str, Attack] = {}
     for word in words:
-        name, parsed = parse_attack(word)
-        if name in named:
-            raise ValueError(f"expected attacks of different names, got {name!r} twice: write 'strong: {word}'")
-        named[name] = parsed
+        for name, parsed in (parse_ensemble(word) or dict([parse_attack(word)])).items():
+            if name in named:
+                raise ValueError(f"expected attacks of different names, got {name!r} twice: write 'strong: {word}'")
+            named[name] = parsed
     return named
 
 

@@ -19,6 +19,7 @@ from medrobust.attacks.vafa import VAFA
 from medrobust.data.images import as_stored
 from medrobust.inferers import bind
 from medrobust.metrics import load, status
+from medrobust.metrics._class_maps import counts
 from medrobust.metrics.dice import dice
 from medrobust.metrics.flip_rate import flip_rate
 from medrobust.metrics.hd95 import hd95
@@ -29,6 +30,8 @@ from medrobust.metrics.psnr import psnr
 from medrobust.metrics.ssim import ssim
 from medrobust.prompting import Arguments, Inputs, attack_all_prompts
 from medrobust.records import CLEAN, Record, versions
+from medrobust.sea import ensemble_of
+from medrobust.statistics import is_foreground
 from medrobust.tiles import attack_tiles
 
 WHOLE, TILES, PROMPTS = "whole volume", "tiles", "all prompts"
@@ -56,6 +59,7 @@ class Condition:
         match: draw noise with the L2 norm that the condition of this name and protocol had on the same case.
         prompt: key of another prompt than the case's own, on the clean image.
         stored: the condition whose image is stored first, and how: ``("PGD", "jpeg75")``.
+        ensemble: what the members of one ensemble share; a case that one of them broke is not given to the others.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Condition:
     match: tuple[str, str] | None = None
     prompt: str = ""
     stored: tuple[str, str] | None = None
+    ensemble: str = ""
 
     @property
     def text(self) -> str:
@@ -102,7 +107,8 @@ def conditions(
             found.append(Condition(name=f"noise {budget}", attack=noise, protocol=WHOLE))
         once = attack.blind or norm == "l2"
         for protocol in [WHOLE] if once else protocols:
-            found.append(Condition(name=name, attack=attack, protocol=protocol))
+            team = ensemble_of(name, attack)
+            found.append(Condition(name=name, attack=attack, protocol=protocol, ensemble=team and f"{team} {protocol}"))
             found += [
                 Condition(name=f"{name} as {form}", attack=attack, protocol=protocol, stored=(name, form))
                 for form in stored
@@ -123,6 +129,11 @@ def conditions(
 def prompt_conditions(keys: Sequence[str]) -> list[Condition]:
     """The text side: each case under another of its prompts, on the clean image."""
     return [Condition(name=f"prompt {key}", attack=Recorded(text=f"Prompt({key!r})"), prompt=key) for key in keys]
+
+
+def is_broken(records: Iterable[Record]) -> bool:
+    """Whether nothing is left of any structure: no attack can do worse."""
+    return all(record.value == 0 for record in records if record.metric == "dice" and is_foreground(record))
 
 
 def slug(condition: Condition) -> str:
@@ -181,6 +192,7 @@ class Evaluation:
         saved: Callable[[Condition], tuple[Tensor, Recorded] | None] = lambda condition: None,
         norms: Mapping[tuple[str, str], float] | None = None,
         inputs: Inputs | None = None,
+        broken: Iterable[str] = (),
     ) -> Iterator[Result]:
         """Evaluate one case under each condition in turn.
 
@@ -215,7 +227,10 @@ class Evaluation:
             reference = reference.long()
         measured = dict(norms or {})
         crafted: dict[tuple[str, str], Tensor] = {}
+        done = set(broken)
         for condition in wanted:
+            if condition.ensemble in done:
+                continue
             attack = condition.attack
             image_adv = clean
             if condition.prompt:
@@ -241,6 +256,8 @@ class Evaluation:
                 pred_adv = pred if attack is None else self._predict(model, image_adv)
             measured[condition.name, condition.protocol] = l2(image_adv, clean).item()
             records = self._records(name, condition, attack, spacing, clean, image_adv, reference, pred, pred_adv)
+            if condition.ensemble and is_broken(records):
+                done.add(condition.ensemble)
             yield Result(
                 condition=condition,
                 attack=attack,
@@ -313,6 +330,10 @@ class Evaluation:
         words = status(pred_adv, label, classes)[0]
         columns = {function.__name__: function(pred_adv, label, classes)[0] for function in (dice, iou)}
         columns["hd95"] = hd95(pred_adv, label, classes, spacing)[0]
+        if condition.ensemble or attack is None:
+            # What worst cases over a whole data set are computed from.
+            overlap, predicted, referenced = counts(pred_adv, label, classes)
+            columns |= {"tp": overlap[0], "size": (predicted + referenced)[0]}
         found = [
             Record(**shared, metric=metric, class_name=name, value=float(value), status=word)
             for metric, values in columns.items()

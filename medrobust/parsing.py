@@ -13,7 +13,11 @@ from typing import Any
 import yaml
 
 from medrobust import attacks
+from medrobust.attacks import objectives, scores, voxel_losses
 from medrobust.attacks.base import Attack
+
+OBJECTIVES = ("objective", "criterion", "track")
+"""Settings that are objectives, and go by their names."""
 
 _FRACTION = re.compile(r"^\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*/\s*([\d.]+)\s*$")
 
@@ -39,7 +43,7 @@ def parse_attack(text: str) -> tuple[str, Attack]:
         if not equals:
             raise ValueError(f"expected setting=value after {words[0]}, got {word!r}")
         check_name(name, known, f"setting of {cls.__name__}")
-        settings[name] = _objective(value) if name == "objective" else parse_value(value)
+        settings[name] = _objective(value) if name in OBJECTIVES else parse_value(value)
     try:
         attack: Attack = cls(**settings)
         repr(attack)
@@ -103,10 +107,40 @@ def check_name(name: str, known: Iterable[str], kind: str) -> None:
     raise ValueError(f"expected a {kind}, got {name!r}: {hint}")
 
 
+def parse_ensemble(text: str) -> dict[str, Attack] | None:
+    """The members of an ensemble such as ``"sea eps=8/255 budget=fast"``; ``None`` where the first word is no preset.
+
+    Raises:
+        ValueError: unknown setting or value.
+    """
+    from medrobust import sea
+
+    preset, *words = shlex.split(text) or [""]
+    if preset.lower() not in sea.PRESETS:
+        return None
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"expected setting=value after {preset}, got {word!r}")
+        check_name(name, ("eps", "budget", "head", "weights"), f"setting of {preset}")
+        settings[name] = parse_value(value)
+    return sea.members(preset.lower(), **settings)
+
+
 def _objective(name: str) -> Any:
-    found = {"softdice": attacks.SoftDice, "crossentropy": attacks.CrossEntropy, "ce": attacks.CrossEntropy}
-    found["dicece"] = attacks.DiceCE
+    """An objective or a score by its name, with its head: ``MaskedCE``, ``SoftDice-sigmoid``."""
+    known = {
+        found.__name__.lower(): found
+        for module in (objectives, voxel_losses, scores)
+        for found in vars(module).values()
+        if isinstance(found, type)
+        and found.__module__ == module.__name__
+        and "head" in getattr(found, "__dataclass_fields__", {})
+    }
+    known["ce"] = known["crossentropy"]
     key, _, head = name.lower().partition("-")
-    if key not in found or head not in ("", "sigmoid", "softmax"):
-        raise ValueError(f"expected an objective SoftDice, CrossEntropy or DiceCE (with -sigmoid), got {name!r}")
-    return found[key](head=head or "softmax")
+    if key not in known or getattr(known[key], "__abstractmethods__", None) or head not in ("", "sigmoid", "softmax"):
+        names = sorted(found.__name__ for found in known.values())
+        raise ValueError(f"expected an objective among {', '.join(names)} (with -sigmoid), got {name!r}")
+    return known[key](head=head or "softmax")

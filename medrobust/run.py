@@ -29,7 +29,7 @@ from nibabel.affines import voxel_sizes
 from torch import Tensor
 
 from medrobust.atomic import replacing, write_text
-from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result, slug
+from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result, is_broken, slug
 from medrobust.io import load_volume, save_volume, stem, unused
 from medrobust.prompting import Inputs
 from medrobust.records import Record, append, read_csv
@@ -135,7 +135,8 @@ class Run:
         if "prompt" in data:
             self._note_prompt(name, data)
         progress(name, wanted[0].name)
-        norms = {(r.condition, r.protocol): r.value for r in self._records() if r.case == name and r.metric == "l2"}
+        known = [record for record in self._records() if record.case == name]
+        norms = {(r.condition, r.protocol): r.value for r in known if r.metric == "l2"}
         results = self.evaluation.case(
             name,
             image,
@@ -144,6 +145,7 @@ class Run:
             saved=lambda c: self._load(name, c, image),
             norms=norms,
             inputs=self._inputs(data, paths),
+            broken=self._broken(known),
         )
         for index, result in enumerate(results):
             affine, meta = (image.affine, image.meta) if isinstance(image, MetaTensor) else (np.eye(4), {})
@@ -237,6 +239,16 @@ class Run:
         if row is None or row.sha256 != _sha256(path):
             raise ValueError(f"expected {path.name} as its manifest describes it, got a file that was changed since")
         return volume, Recorded(text=f"saved {row.attack}", seed=int(row.seed))
+
+    def _broken(self, records: Sequence[Record]) -> set[str]:
+        """Ensembles that broke the case of these records in an earlier run."""
+        return {
+            condition.ensemble
+            for condition in self.conditions
+            if condition.ensemble
+            and (own := [r for r in records if (r.condition, r.protocol) == (condition.name, condition.protocol)])
+            and is_broken(own)
+        }
 
     def _records(self) -> list[Record]:
         return read_csv(self.records_path) if self.records_path.is_file() else []

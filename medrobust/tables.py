@@ -11,6 +11,8 @@ import numpy as np
 
 from medrobust.budgets import budget
 from medrobust.decline import Point, decline
+from medrobust.ensembles import COUNTS, Ensemble, ensembles
+from medrobust.pooled import Bounded
 from medrobust.records import CLEAN, Record, csv_text
 from medrobust.statistics import Interval, is_foreground, mean_interval, paired_drop, per_case, worst_case
 
@@ -108,11 +110,13 @@ def _model(name: str, records: list[Record], controls: Collection[str] | None) -
     baseline = clean.values("dice") if clean else {}
     attacked = [group for group in groups if group.condition != CLEAN and not group.control]
     lines = [_line(group, baseline) for group in groups]
+    teams = ensembles(records)
+    lines += [_team(team, baseline) for team in teams]
     if len(attacked) > 1 and (worst := _worst(attacked, baseline)):
         lines.append(worst)
     labels = _labels(groups)
     classes = _unique(row.class_name for row in records if row.metric == "dice" and is_foreground(row))
-    other = [metric for metric in _unique(row.metric for row in records) if metric not in HEADLINE]
+    other = [metric for metric in _unique(row.metric for row in records) if metric not in (*HEADLINE, *COUNTS)]
     return {
         "name": name,
         "verdict": _verdict(clean, attacked),
@@ -126,6 +130,7 @@ def _model(name: str, records: list[Record], controls: Collection[str] | None) -
         },
         "protocols": _protocols(attacked),
         "decline": _decline(records),
+        "ensembles": [_details(team) for team in teams],
         "clean_dice": float(np.mean(list(baseline.values()))) if baseline else 0.0,
         "other": other,
         "others": [
@@ -212,6 +217,37 @@ def _worst(attacked: Sequence[_Group], baseline: Mapping[str, float]) -> dict[st
         "drop": _drop(baseline, dice) if any(case in baseline for case in dice) else None,
         "hd95": _number(hd95, ".1f"),
         **dict.fromkeys(("missed", "ssim", "psnr", "linf", "flip_rate"), "–"),
+    }
+
+
+def _team(team: Ensemble, baseline: Mapping[str, float]) -> dict[str, Any]:
+    """The line of an ensemble: its worst member case by case, the clean image among them."""
+    return {
+        "key": ("ensemble", team.name, team.members, tuple(sorted(team.dice))),
+        "condition": f"{team.name}: worst of {len(team.members) - 1}, case by case",
+        "protocol": "",
+        "budget": "",
+        "control": False,
+        "clean": False,
+        "cases": len(team.dice),
+        "dice": _interval(team.dice),
+        "drop": _drop(baseline, team.dice) if any(case in baseline for case in team.dice) else None,
+        "hd95": _number(team.hd95, ".1f"),
+        **dict.fromkeys(("missed", "ssim", "psnr", "linf", "flip_rate"), "–"),
+    }
+
+
+def _details(team: Ensemble) -> dict[str, str]:
+    """What else an ensemble says: who was the worst how often, and the worst over pooled voxels."""
+
+    def bounded(found: Bounded | None) -> str:
+        return "–" if found is None else f"{found.value:.4f} (at least {found.lower_bound:.4f})"
+
+    return {
+        "name": team.name,
+        "by": ", ".join(f"{member} {count}" for member, count in team.by.items() if count),
+        "dice": bounded(team.pooled_dice),
+        "miou": bounded(team.miou),
     }
 
 

@@ -155,7 +155,8 @@ def test_repr_is_complete_and_stable(attack: Attack) -> None:
     assert "None" not in text
     assert all(f"{field.name}=" in text for field in fields(attack))
     assert repr(replace(attack)) == text
-    names = {name: getattr(attacks, name) for name in ("SoftDice", "DiceCE", "CrossEntropy")}
+    objectives = ("SoftDice", "DiceCE", "CrossEntropy", "HardDice", "SegPGDLoss", "CosPGDLoss")
+    names = {name: getattr(attacks, name) for name in objectives}
     assert repr(eval(text, {**names, type(attack).__name__: type(attack)})) == text
 
 
@@ -197,7 +198,7 @@ def test_beats_noise_of_the_same_budget(name: str) -> None:
     attack = make(name, steps=10, ssim_weight=0.0)
     image_adv = attack(model, image, label)
     objective = SoftDice()
-    linf = name in ("fgsm", "bim", "pgd")
+    linf = getattr(attack, "norm", "") == "linf"
     for case in range(2):
         one = slice(case, case + 1)
         budget = 8 / 255 if linf else (image_adv - image)[one].norm().item()
@@ -207,6 +208,71 @@ def test_beats_noise_of_the_same_budget(name: str) -> None:
             for seed in range(20)
         ]
         assert objective(model(image_adv[one]), label[one]) > max(draws)
+
+
+REGIONS = [
+    torch.arange(9).view(1, 1, 9, 1, 1).expand(1, 1, 9, 10, 11) < 4,
+    (torch.arange(9).view(1, 1, 9, 1, 1) < torch.tensor([3, 6]).view(2, 1, 1, 1, 1)).expand(2, 1, 9, 10, 11).long(),
+]
+
+
+@pytest.mark.parametrize("region", REGIONS)
+def test_outside_a_region_nothing_changes(attack: Attack, region: Tensor) -> None:
+    model, (image, label) = SmallNet().eval(), data()
+    image_adv = attack(model, image, label, region=region)
+    outside = (region == 0).expand_as(image)
+    assert torch.equal(image_adv[outside], image[outside])
+    assert type(attack).__name__ == "Universal" or not torch.equal(image_adv, image)
+    torch.testing.assert_close(attack.threat.project(image_adv, image), image_adv, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd"])
+def test_a_region_is_used_to_the_full(name: str) -> None:
+    """Inside, the worst image of a voxel-linear model; outside, the clean one."""
+    image, label = data(classes=2)
+    region = REGIONS[0].expand_as(image)
+    expected = torch.where(region, VoxelLinear.worst(image, label, 8 / 255), image)
+    got = make(name, steps=10)(VoxelLinear(), image, label, region=region)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        (torch.ones(2, 1, 9, 10, 12), "expected a region"),
+        (torch.ones(3, 1, 9, 10, 11), "expected a region"),
+        (torch.full((2, 1, 9, 10, 11), 2.0), "region of 0 and 1"),
+        (torch.zeros(2, 1, 9, 10, 11), "got an empty one"),
+    ],
+)
+def test_a_region_that_fits_nothing_is_refused(region: Tensor, message: str) -> None:
+    image, label = data()
+    with pytest.raises(ValueError, match=message):
+        make("fgsm")(SmallNet().eval(), image, label, region=region)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd", "random_noise", "apgd", "segpgd", "cospgd"])
+def test_radii_of_channels_and_cases(name: str) -> None:
+    """A voxel-linear model sends every voxel to its own bound."""
+    image, label = data(channels=2, classes=2)
+    rows = ((0.01, 0.03), (0.02, 0.0))
+    image_adv = make(name, eps=rows, steps=10)(VoxelLinear(), image, label)
+    largest = (image_adv - image).abs().amax((2, 3, 4))
+    torch.testing.assert_close(largest, torch.tensor(rows), rtol=0, atol=1e-6)
+    per_channel = make(name, eps=(0.01, 0.03), steps=10)(VoxelLinear(), image, label)
+    torch.testing.assert_close(per_channel[:1], image_adv[:1], rtol=0, atol=1e-6)
+
+
+def test_radii_of_cases_in_an_l2_ball() -> None:
+    model, (image, label) = SmallNet().eval(), data()
+    rows = ((0.2,), (0.5,))
+    for name in ("fgsm", "pgd", "random_noise"):
+        norms = (make(name, eps=rows, norm="l2")(model, image, label) - image).flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.tensor([0.2, 0.5]), rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match="one eps for all channels"):
+        make("pgd", eps=(0.1, 0.2), norm="l2")
+    with pytest.raises(ValueError, match="expected eps for images"):
+        make("pgd", eps=((0.1,), (0.2,), (0.3,)))(model, image, label)
 
 
 BAD_INPUT = [
@@ -230,7 +296,7 @@ def test_wrong_input_is_refused_kindly(spoil: Any, kind: type[Exception], messag
 
 
 def test_unknown_attack_names_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"expected an attack among bim, .*got 'deepfool'"):
+    with pytest.raises(ValueError, match=r"expected an attack among apgd, bim, .*got 'deepfool'"):
         attacks.load("deepfool")
 
 

@@ -1,0 +1,67 @@
+"""What the best image of an attack is chosen by: the number that will be reported, not the loss that was climbed.
+
+A score is an objective without a gradient: (logits, label) -> (B,), larger is worse for the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medrobust.attacks.objectives import Head, check_label, is_softmax, predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardDice:
+    """One minus the Dice of the prediction, averaged over the foreground classes, as it is reported.
+
+    A class that neither map shows has a Dice of 1; one that only one of them shows, 0. Voxels of -1 have no say.
+    Counted by one ``bincount`` for the whole batch.
+    """
+
+    head: Head = "softmax"
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+        check_label(logits, label, self.head)
+        pred, y = predict(logits, self.head).flatten(2), label.flatten(2).long()
+        if is_softmax(logits, self.head):
+            hits, size = _counts(pred[:, 0], y[:, 0], logits.shape[1])
+            hits, size = hits[:, 1:], size[:, 1:]
+        else:
+            valid = y >= 0
+            hits = ((pred == 1) & (y == 1)).sum(-1)
+            size = ((pred == 1) & valid).sum(-1) + (y == 1).sum(-1)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        dice = torch.where(size > 0, 2 * hits.to(exact) / size.clamp_min(1), 1)
+        return 1 - dice.mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoxelError:
+    """Share of voxels that are wrong: one minus the accuracy of 2306.12941.
+
+    Args:
+        head: how the channels are read.
+        of_all: divide by all voxels, those without a say included (they count as right): the published form.
+    """
+
+    head: Head = "softmax"
+    of_all: bool = False
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+        check_label(logits, label, self.head)
+        y = label.flatten(1).long()
+        wrong = ((predict(logits, self.head).flatten(1) != y) & (y >= 0)).sum(1)
+        voxels = y.shape[1] if self.of_all else (y >= 0).sum(1).clamp_min(1)
+        return wrong.to(torch.promote_types(logits.dtype, torch.float32)) / voxels
+
+
+def _counts(pred: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Voxels where both maps (B, V) show a class, and the sum of each map's voxels of it; (B, K) integers."""
+    cases = torch.arange(len(pred), device=pred.device)[:, None]
+    # Row -1 collects the voxels without a say.
+    cell = torch.where(label >= 0, (cases * classes + label) * classes + pred, len(pred) * classes**2)
+    table = torch.bincount(cell.flatten(), minlength=len(pred) * classes**2 + 1)[:-1].view(-1, classes, classes)
+    return table.diagonal(dim1=1, dim2=2), table.sum(1) + table.sum(2)
