@@ -75,6 +75,7 @@ class CLIPSeg(nn.Module):
         if not isinstance(base, CLIPSegForImageSegmentation):
             settings = base.to_dict() if isinstance(base, CLIPSegConfig) else dict(base)
             base = CLIPSegForImageSegmentation(CLIPSegConfig(**{**settings, "attn_implementation": attention}))
+            _draw_decoder(base.decoder)
         self.config = base.config
         self.extract_layers = tuple(self.config.extract_layers)
         self.patch_size = int(self.config.vision_config.patch_size)
@@ -222,6 +223,17 @@ class CLIPSeg(nn.Module):
 
     def _ends(self, input_ids: Tensor) -> Tensor:
         return input_ids == self.config.text_config.eos_token_id
+
+
+def _draw_decoder(decoder: nn.Module) -> None:
+    """Draw the decoder's first and last weights as torch does.
+
+    ``transformers`` draws those with a standard deviation of 1: what comes out is so large that its transformer layers
+    add next to nothing to it, and a decoder trained from there does not learn to read.
+    """
+    for name, module in decoder.named_modules():
+        if not name.startswith("layers.") and isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            module.reset_parameters()
 
 
 def _check_config(config: Any) -> None:

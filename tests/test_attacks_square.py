@@ -273,9 +273,9 @@ def test_finds_the_corner_of_a_model_that_looks_at_one_voxel(at: tuple[int, ...]
 
 
 def test_what_single_precision_would_round_away_still_counts() -> None:
-    """Around 1e6, float32 has steps of 1/16, twice what the voxel can move by."""
+    """Around 1e8, float32 has steps of 8, and the voxel moves by 8/255."""
     image, label = data(2)
-    attack = Square(queries=60, objective=OneVoxel((4, 4), offset=1e6))
+    attack = Square(queries=60, objective=OneVoxel((4, 4), offset=1e8))
     moved = (attack(lambda x: x, image, label) - image)[:, 0, 4, 4]
     torch.testing.assert_close(moved, torch.full((2,), EPS), rtol=0, atol=1e-6)
 
