@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from medrobust.networks.tokens import FIRST_EOS, check_tokens
+
 try:
     from safetensors import SafetensorError
     from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, PretrainedConfig
@@ -26,9 +28,6 @@ TRAINABLE = ("adapters", "decoder", "all")
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 """What the released weights were trained with."""
-
-FIRST_EOS = 2
-"""Configurations older than 2023 give this as the end of a text, where CLIP's true one is its largest token."""
 
 
 def rd64() -> CLIPSegConfig:
@@ -135,7 +134,8 @@ class CLIPSeg(nn.Module):
                 token sees beyond, so it changes nothing.
         """
         self._check_image(image)
-        self._check_tokens(input_ids, attention_mask, len(image))
+        text = self.config.text_config
+        check_tokens(input_ids, attention_mask, len(image), most=text.max_position_embeddings, end=text.eos_token_id)
         condition = self.condition(input_ids, attention_mask)
         # The decoder takes its batch size from the condition.
         logits = self.clipseg.decoder(self.activations(image), condition.expand(len(image), -1)).logits
@@ -193,27 +193,6 @@ class CLIPSeg(nn.Module):
             raise ValueError(
                 f"expected square images with sides in multiples of {self.patch_size}, got {height} x {width}: resize "
                 "or pad them, or use a sliding window"
-            )
-
-    def _check_tokens(self, input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> None:
-        most = self.config.text_config.max_position_embeddings
-        if input_ids.ndim != 2 or input_ids.shape[0] not in (1, batch) or not 0 < input_ids.shape[1] <= most:
-            raise ValueError(
-                f"expected tokens (1 or {batch}, at most {most}), got {tuple(input_ids.shape)}: give one prompt, or "
-                "one for each image, and truncate long ones before their end token"
-            )
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"expected tokens as integers, got {input_ids.dtype}: pass what the tokeniser returns")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"expected an attention mask shaped as the tokens {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}: pass the tokeniser's, or none"
-            )
-
-        if self.config.text_config.eos_token_id != FIRST_EOS and not self._ends(input_ids).any(-1).all():
-            raise ValueError(
-                f"expected the end token {self.config.text_config.eos_token_id} in every prompt, got one without it: "
-                "truncate long prompts before their end token, not after"
             )
 
     def _end_of_text(self, input_ids: Tensor) -> Tensor:

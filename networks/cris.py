@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medrobust.networks.clip_resnet import CONTEXT, END, CLIPResNet
+from medrobust.networks.tokens import check_tokens
 
 Padding = Literal["after_end", "published"]
 
@@ -319,26 +320,8 @@ def _check_settings(width: int, depths: Sequence[int], channels: int, num_heads:
 
 
 def _check_tokens(input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> None:
-    if input_ids.ndim != 2 or input_ids.shape[0] not in (1, batch) or not 0 < input_ids.shape[1] <= CONTEXT:
-        raise ValueError(
-            f"expected tokens (1 or {batch}, at most {CONTEXT}), got {tuple(input_ids.shape)}: give one prompt, or one "
-            "for each image, and truncate long ones before their end token"
-        )
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"expected tokens as integers, got {input_ids.dtype}: pass what the tokeniser returns")
-    if not (input_ids == END).any(-1).all():
-        raise ValueError(
-            f"expected the end token {END} in every prompt, got one without it: truncate long prompts before their end "
-            "token, not after"
-        )
-    if attention_mask is None:
-        return
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"expected an attention mask shaped as the tokens {tuple(input_ids.shape)}, got "
-            f"{tuple(attention_mask.shape)}: pass the tokeniser's, or none"
-        )
-    if not attention_mask[:, 0].all():
+    check_tokens(input_ids, attention_mask, batch, most=CONTEXT, end=END)
+    if attention_mask is not None and not attention_mask[:, 0].all():
         raise ValueError(
             "expected an attention mask that is 1 from the start of each prompt, got one that begins with 0: pad after "
             "the text, as CLIP does"

@@ -37,7 +37,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medrobust.networks.clipseg import FIRST_EOS
+from medrobust.networks.tokens import check_tokens
 
 try:
     from transformers import CLIPConfig, CLIPModel
@@ -143,7 +143,8 @@ class SAN(nn.Module):
                 token sees beyond, so it changes nothing.
         """
         self._check_image(image)
-        self._check_tokens(input_ids, attention_mask, len(image))
+        text = self.clip.config.text_config
+        check_tokens(input_ids, attention_mask, len(image), most=text.max_position_embeddings, end=text.eos_token_id)
         pixels = (image.expand(-1, len(self.mean), -1, -1) - self.mean) / self.std
         states = self.clip_states(pixels)
         queries, patches = self.side(pixels, [states[layer][:, 1:] for layer in self.clip_layers])
@@ -207,27 +208,6 @@ class SAN(nn.Module):
             raise ValueError(
                 f"expected square images with sides in multiples of {self.unit}, got {height} x {width}: resize or pad "
                 "them, or use a sliding window"
-            )
-
-    def _check_tokens(self, input_ids: Tensor, attention_mask: Tensor | None, batch: int) -> None:
-        text = self.clip.config.text_config
-        most, end = text.max_position_embeddings, text.eos_token_id
-        if input_ids.ndim != 2 or input_ids.shape[0] not in (1, batch) or not 0 < input_ids.shape[1] <= most:
-            raise ValueError(
-                f"expected tokens (1 or {batch}, at most {most}), got {tuple(input_ids.shape)}: give one prompt, or "
-                "one for each image, and truncate long ones before their end token"
-            )
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"expected tokens as integers, got {input_ids.dtype}: pass what the tokeniser returns")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"expected an attention mask shaped as the tokens {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}: pass the tokeniser's, or none"
-            )
-        if end != FIRST_EOS and not (input_ids == end).any(-1).all():
-            raise ValueError(
-                f"expected the end token {end} in every prompt, got one without it: truncate long prompts before their "
-                "end token, not after"
             )
 
 
