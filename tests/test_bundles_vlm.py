@@ -153,6 +153,31 @@ def test_test_images_are_attacked_and_masks_saved_at_their_own_size(polyps: Path
         assert (tmp_path / "adversarial" / f"{number}_adv.nii.gz").is_file()
 
 
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])
+def test_published_attacks_move_each_channel_by_eps_of_its_own_unit(polyps: Path, tmp_path: Path, name: str) -> None:
+    overrides = polyp_settings(polyps, tmp_path)
+    torch.save(
+        ConfigParser({"network_def": overrides["network_def"]}).get_parsed_content("network_def").state_dict(),
+        tmp_path / "model.pt",
+    )
+    overrides |= {"ckpt_path": str(tmp_path / "model.pt"), "eps_normalised": 0.01}
+    for key in ("batch_size", "max_epochs"):
+        del overrides[key]
+    flow = run(
+        workflow("clipseg_polyp", "train.yaml", "evaluate.yaml", f"attack_{name}_as_published.yaml", **overrides)
+    )
+    output = flow.evaluator.state.output[0]
+    image, image_adv = (output[key].as_tensor().double() for key in ("image", "image_adv"))
+    assert image.shape == (3, 32, 32)
+    moved = (image_adv - image).abs()
+    away = (image > 0.01) & (image < 0.99)
+    for channel, std in enumerate((0.229, 0.224, 0.225)):
+        assert moved[channel].max().item() == pytest.approx(0.01 * std, abs=1e-6)
+        # Forty steps of 2 / 255 reach the edge of so small a ball wherever the sign of the gradient stays.
+        at_edge = (moved[channel][away[channel]] > 0.0099 * std).double().mean().item()
+        assert at_edge > (0.9 if name == "fgsm" else 0.3)
+
+
 def test_a_leaking_split_stops_before_training(polyps: Path, tmp_path: Path) -> None:
     listings = tmp_path / "anns"
     listings.mkdir()

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -234,6 +235,43 @@ def test_an_entry_listed_twice_is_found(tmp_path: Path) -> None:
         ("1", "listed twice", "1.png"),
         ("1_2", "listed twice", "1.png"),
     ]
+
+
+def test_slices_of_volumes_are_looked_at_too(tmp_path: Path) -> None:
+    def volume(name: str, array: Any) -> str:
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / name)
+        return str(tmp_path / name)
+
+    image = volume("image.nii.gz", np.arange(120, dtype=np.int16).reshape(4, 5, 6))
+    label = volume("label.nii.gz", np.ones((4, 5, 6), dtype=np.uint8))
+    whole = {"image": image, "label": label, "value": 1, "prompts": PROMPTS}
+    nan = np.full((4, 5, 6), np.nan, dtype=np.float32)
+    cut = tmp_path / "cut.nii.gz"
+    cut.write_bytes(Path(image).read_bytes()[:90])
+    cases = [
+        {**whole, "case": "whole", "slice": 5},
+        {**whole, "case": "another structure", "slice": 5, "value": 2},
+        {**whole, "case": "beyond", "slice": 6},
+        {**whole, "case": "nan", "slice": 0, "image": volume("nan.nii.gz", nan)},
+        {**whole, "case": "cut", "slice": 0, "image": str(cut)},
+        {**whole, "case": "turned", "slice": 0, "label": volume("turned.nii.gz", np.ones((5, 4, 6), dtype=np.uint8))},
+        {**whole, "case": "gone", "slice": 0, "label": str(tmp_path / "gone.nii.gz")},
+        {**whole, "case": "one", "slice": 1},
+        {**whole, "case": "twice", "slice": 1},
+    ]
+    found = problems(cases, Fixed("p1"), context=None)
+    assert [(problem.case, problem.kind) for problem in found] == [
+        ("beyond", "image unreadable"),
+        ("beyond", "mask unreadable"),
+        ("nan", "image unreadable"),
+        ("cut", "image unreadable"),
+        ("turned", "image and mask of different size"),
+        ("gone", "mask missing"),
+        ("one", "listed twice"),
+        ("twice", "listed twice"),
+    ]
+    assert found[0].detail == "expected a slice from 0 to 5 of image.nii.gz, got 6"
+    assert not [problem for problem in found if str(tmp_path) in problem.detail]
 
 
 def test_overlaps_are_found_by_name_and_by_content(tmp_path: Path) -> None:

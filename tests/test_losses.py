@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from scipy.fft import dctn
 
-from medrobust.losses import DoubleSigmoidDiceCE, FrequencyConsistencyLoss, KLConsistencyLoss
+from medrobust.losses import DoubleSigmoidDiceCE, FrequencyConsistencyLoss, KLConsistencyLoss, LossObjective
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -117,3 +117,20 @@ def test_double_sigmoid_has_the_floor_that_it_is_known_for() -> None:
     assert DoubleSigmoidDiceCE()(sure, torch.ones(1, 1, 4, 4)).item() == pytest.approx(0.313262, abs=1e-4)
     nothing = DoubleSigmoidDiceCE(lambda_dice=0)(-sure, torch.zeros(1, 1, 4, 4))
     assert nothing.item() == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_a_loss_as_an_objective_is_that_of_each_case_alone() -> None:
+    loss = DoubleSigmoidDiceCE()
+    objective = LossObjective(loss=loss, name="DoubleSigmoidDiceCE()", head="sigmoid")
+    scores = logits(3, 1, 6, 6)
+    label = (logits(3, 1, 6, 6, seed=1) > 0).long()
+    value = objective(scores, label)
+    for case in range(3):
+        p = scores[case].sigmoid()
+        t = label[case].double()
+        overlap = (2 * (p * t).sum() + 1e-5) / (p.sum() + t.sum() + 1e-5)
+        twice = F.binary_cross_entropy(p.sigmoid(), t)
+        assert value[case].item() == pytest.approx(1.5 * (1 - overlap.item()) + twice.item())
+    assert repr(objective) == "LossObjective(name='DoubleSigmoidDiceCE()', head='sigmoid')"
+    with pytest.raises(ValueError, match="expected a label of shape"):
+        objective(scores, label[:, :, :5])

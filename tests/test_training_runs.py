@@ -166,6 +166,11 @@ def test_a_training_that_patience_ended_does_not_go_on(tmp_path: Path) -> None:
     assert engine.state.iteration == 3
 
 
+def test_a_word_is_no_answer_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="got 'false': write --resume False"):
+        Resumable(tmp_path / "last.pt", resume="false", network=small_net())  # type: ignore[arg-type]
+
+
 def test_a_resumed_training_still_knows_its_best(tmp_path: Path) -> None:
     validated(small_net(), [0.2, 0.5], tmp_path, 2, patience=None)
     written = (tmp_path / "best.pt").stat().st_mtime_ns

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 from medrobust.data import images as pictures
+from medrobust.data import slices
 from medrobust.data.tokenizer import CONTEXT, encode
 from medrobust.io import unused
 
@@ -33,6 +34,9 @@ CAVEAT = (
     "user who does not know the answer."
 )
 """To be printed wherever such prompts are scored."""
+
+ANY_WINDOW = (0.0, 1.0)
+"""To read a slice for its errors alone."""
 
 EMPTY = "p0"
 """Key of the empty prompt, which is never drawn unless asked for."""
@@ -148,7 +152,7 @@ class Problem(NamedTuple):
 def problems(
     cases: Sequence[Case], policy: Policy, *, context: int | None = CONTEXT, threshold: int | None = None
 ) -> list[Problem]:
-    """Everything wrong with the cases, each looked at whole: files, sizes, grey levels and the prompts of ``policy``.
+    """Everything wrong with the cases, each looked at whole: files, slices, sizes, grey levels, prompts of ``policy``.
 
     Args:
         cases: of :func:`datalist`.
@@ -159,11 +163,11 @@ def problems(
     Raises:
         ImportError: ``transformers``, which counts the tokens, is missing; never with ``context=None``.
     """
-    pairs = Counter((case["image"], case["label"]) for case in cases)
+    pairs = Counter(_what(case) for case in cases)
     found = []
     for case in cases:
         wrong = [*_wrong_files(case, threshold), *_wrong_prompts(case, policy, context)]
-        if pairs[case["image"], case["label"]] > 1:
+        if pairs[_what(case)] > 1:
             wrong.append(("listed twice", Path(case["label"]).name))
         found += [Problem(case["case"], kind, detail) for kind, detail in wrong]
     return found
@@ -279,6 +283,11 @@ def _lacks(row: Any) -> str:
     return f"{name} has no {' and no '.join(lacks)}" if lacks else ""
 
 
+def _what(case: Case) -> tuple[str, ...]:
+    """What a case shows; a volume has many slices, and a slice many structures."""
+    return tuple(str(case.get(key)) for key in ("image", "label", "slice", "value"))
+
+
 def _wrong_files(case: Case, threshold: int | None) -> list[tuple[str, str]]:
     wrong = [
         (f"{what} missing", Path(case[key]).name)
@@ -286,6 +295,8 @@ def _wrong_files(case: Case, threshold: int | None) -> list[tuple[str, str]]:
         if not Path(case[key]).is_file()
     ]
     missing = {kind for kind, _ in wrong}
+    if "slice" in case:
+        return wrong or _wrong_slice(case)
     sizes = []
     if "image missing" not in missing:
         try:
@@ -306,6 +317,19 @@ def _wrong_files(case: Case, threshold: int | None) -> list[tuple[str, str]]:
     if len(set(sizes)) > 1:
         image, mask = sizes
         wrong.append(("image and mask of different size", f"{image} and {mask} rows and columns"))
+    return wrong
+
+
+def _wrong_slice(case: Case) -> list[tuple[str, str]]:
+    wrong, sizes = [], []
+    for key, what in (("image", "image"), ("label", "mask")):
+        try:
+            plane = slices.load_slice(case[key], case["slice"], window=ANY_WINDOW)
+            sizes.append(tuple(plane.shape[1:]))
+        except (OSError, ValueError) as error:
+            wrong.append((f"{what} unreadable", _without_folder(error, case[key])))
+    if len(set(sizes)) > 1:
+        wrong.append(("image and mask of different size", f"{sizes[0]} and {sizes[1]} rows and columns"))
     return wrong
 
 

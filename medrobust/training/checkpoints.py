@@ -50,6 +50,9 @@ class Resumable:
         **objects: Stateful,
     ) -> None:
         self.path = Path(path)
+        if not isinstance(resume, bool):
+            # The command line of bundles takes `false` for a word, and words are true.
+            raise TypeError(f"expected resume as True or False, got {resume!r}: write --resume False")
         self.resume = resume
         self.settings = dict(settings or {})
         self.objects = {name: bare(one) if isinstance(one, nn.Module) else one for name, one in objects.items()}
