@@ -50,7 +50,7 @@ class Voxels:
         softmax = is_softmax(logits, head)
         if softmax:
             log_p = torch.log_softmax(u, 1).gather(1, safe)
-            right = u.detach().argmax(1, keepdim=True) == y
+            right = u.detach().max(1, keepdim=True).indices == y
         else:
             log_p = F.logsigmoid(u * (2 * safe - 1))
             right = (u.detach() > 0).long() == y
@@ -204,12 +204,12 @@ class MCEDice(VoxelLoss):
             dice = 2 * (pred & true).sum(-1, keepdim=True) / size.clamp_min(1)
             return torch.where(size > 0, torch.where(true, 2 - dice, dice) / size.clamp_min(1), 0)
         classes = torch.arange(u.shape[1], device=u.device).view(1, -1, 1)
-        pred, true = (u.argmax(1, keepdim=True) == classes) & valid, (y == classes) & valid
+        pred, true = (u.max(1, keepdim=True).indices == classes) & valid, (y == classes) & valid
         size = (pred.sum(-1) + true.sum(-1)).to(u.dtype)
         dice = 2 * (pred & true).sum(-1) / size.clamp_min(1)
         lose = torch.where(size > 0, (2 - dice) / size.clamp_min(1), 0)
         gain = torch.where(size > 0, dice / size.clamp_min(1), 0)
-        runner_up = u[:, 1:].argmax(1) + 1
+        runner_up = u[:, 1:].max(1).indices + 1
         own = y[:, 0].clamp_min(0)
         return torch.where(own > 0, lose.gather(1, own), gain.gather(1, runner_up))[:, None]
 
