@@ -4,6 +4,9 @@ import math
 import re
 from collections.abc import Iterable
 
+PRESETS = ("sea", "sea-v1", "sea-v2")
+"""Ensembles of :mod:`medrobust.sea`: the conditions of their members begin with one of these words."""
+
 
 def budget(attacks: Iterable[str]) -> str:
     """What the attacker may do, read from the ``repr`` of attacks, as in "L∞ 8/255, 20 steps" or "q_max 20".
@@ -24,6 +27,9 @@ def budget(attacks: Iterable[str]) -> str:
 
 def parse(attack: str) -> tuple[str, str, float, str]:
     """Kind, unit, size and steps, as in ``("L∞", "/255", 8.0, "20 steps")``; a size of NaN where none is known."""
+
+    if "MinimumEps(" in attack:  # its attack's own eps is not what was used
+        return "", "", math.nan, ""
 
     def setting(name: str) -> str | None:
         match = re.search(rf"\b{name}='?([^,()']+)", attack)

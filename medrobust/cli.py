@@ -7,7 +7,7 @@ failed (the others are there), 2 wrong input.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,9 +15,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from medrobust.batch.command import batch
+
 if TYPE_CHECKING:
     from medrobust.attacks.base import Attack
-    from medrobust.evaluation import Condition
+    from medrobust.bundle import Bundle
+    from medrobust.evaluation import Surrogate
     from medrobust.run import Run
 
 app = typer.Typer(
@@ -38,7 +41,8 @@ AttackArg = Annotated[
     typer.Option(
         "--attack",
         "-a",
-        help="Such as 'pgd eps=8/255 steps=40' or 'sea eps=8/255 budget=fast'. May be repeated. See `medrobust list`.",
+        help="Such as 'pgd eps=8/255 steps=40', 'pgd goal=erase:liver' or 'sea eps=8/255 budget=fast'. May be "
+        "repeated. See `medrobust list`.",
     ),
 ]
 WeightsArg = Annotated[Path | None, typer.Option(help="Checkpoint; default: the bundle's own.")]
@@ -63,6 +67,24 @@ ProtocolArg = Annotated[
     str,
     typer.Option(
         help="whole (through the inferer, what is deployed), tiles, both, or prompts (whole, and all prompts at once)."
+    ),
+]
+SoundnessArg = Annotated[
+    str,
+    typer.Option(
+        help="Checklist of the evaluation itself: quick, full, off, or auto: quick where it takes at most ten minutes."
+    ),
+]
+MinimumArg = Annotated[
+    list[str] | None,
+    typer.Option("--minimum-eps", help="Search each case's smallest eps of this attack: 'pgd steps=20'. Repeatable."),
+]
+BelowArg = Annotated[float, typer.Option(help="With --minimum-eps: a case is broken when its Dice is less than this.")]
+MostArg = Annotated[str | None, typer.Option(help="With --minimum-eps: the largest eps tried, 32/255 unless given.")]
+TransferArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--transfer", help="Also make the attacks on another network: NAME=BUNDLE, or NAME=WEIGHTS. Repeatable."
     ),
 ]
 LabelFreeArg = Annotated[bool, typer.Option("--label-free", help="Attack the model's own prediction, not the label.")]
@@ -117,13 +139,20 @@ def evaluate(
     saved: Annotated[Path | None, typer.Option(help="`volumes` folder of an earlier run, evaluated again.")] = None,
     pictures: Annotated[bool, typer.Option(help="One picture per case and attack.")] = True,
     lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS; needs the extra medrobust[lpips].")] = False,
+    soundness: SoundnessArg = "auto",
+    minimum_eps: MinimumArg = None,
+    below: BelowArg = 0.5,
+    most: MostArg = None,
+    transfer: TransferArg = None,
     note: Annotated[list[str] | None, typer.Option(help="A line for the report's notes.")] = None,
 ) -> None:
     """Measure clean and under attack, keep the adversarial volumes, write the report."""
     with told():
-        settings = {key: value for key, value in locals().items() if key != "note"}
+        settings = {key: value for key, value in locals().items() if key not in ("note", "soundness")}
         run, cases = _prepare(**settings)
+        check = _plan(run, cases, soundness)
         _go(run, cases)
+        check()
         _report([run.records_path], run.folder, note or [])
 
 
@@ -250,6 +279,9 @@ def demo(
         _report([one.records_path for one, _ in runs], run.folder, notes)
 
 
+app.command()(batch)
+
+
 def main() -> None:
     """Entry point of the ``medrobust`` command."""
     app()
@@ -289,14 +321,20 @@ def _prepare(
     saved: Path | None = None,
     pictures: bool = True,
     lpips: bool = False,
+    minimum_eps: list[str] | None = None,
+    below: float = 0.5,
+    most: str | None = None,
+    transfer: list[str] | None = None,
     purpose: str = "",
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Everything that can be wrong is found here, before any work is done."""
-    from medrobust.parsing import sweep
+    from medrobust.parsing import parse_goal, parse_minimum, sweep
 
-    named = _attacks(attack or [])
+    named, wishes = _attacks(attack or [])
     if eps is not None:
         named = sweep(named, eps.split(","))
+        wishes = {name: wishes[old] for name in named for old in (name, name.rpartition(" ")[0]) if old in wishes}
+    searches = dict(parse_minimum(word, below=below, most=most) for word in minimum_eps or [])
     keys = [key.strip() for key in prompts.split(",")] if prompts else []
     forms = [form.strip() for form in stored.split(",")] if stored else []
     protocols = _protocols(protocol)
@@ -305,12 +343,22 @@ def _prepare(
         raise ValueError("expected either --attack or --saved, got both")
     if label is not None and image is None:
         raise ValueError("expected --image with --label, got --label alone")
-    if not named and saved is None and not keys:
-        raise ValueError("expected at least one --attack (see `medrobust list`), --prompts or --saved, got none")
+    if len(searches) < len(minimum_eps or []):
+        raise ValueError("expected searches of different names, got one twice: write 'strong: pgd ...'")
+    if not (named or keys or searches or saved):
+        raise ValueError(
+            "expected at least one --attack (see `medrobust list`), --minimum-eps, --prompts or --saved, got none"
+        )
 
     from medrobust.bundle import Bundle, read_list
-    from medrobust.evaluation import Evaluation, prompt_conditions
-    from medrobust.run import Run
+    from medrobust.evaluation import (
+        Evaluation,
+        conditions,
+        minimum_conditions,
+        prompt_conditions,
+        transfer_conditions,
+    )
+    from medrobust.run import Run, saved_conditions
 
     opened = Bundle(root=bundle, overrides=overrides, weights=weights, overlays=overlay or [])
     if image is not None:
@@ -320,6 +368,7 @@ def _prepare(
         cases = opened.cases(split) if data_list is None else read_list(data_list, section)
     if not cases:
         raise ValueError("expected at least one case, got an empty list")
+    others = _surrogates(transfer or [], opened)
     evaluation = Evaluation(
         network=opened.network,
         inferer=opened.inferer,
@@ -330,11 +379,23 @@ def _prepare(
         lpips=lpips,
         model=opened.model,
         device=opened.device,
+        surrogates={name: surrogate for name, (surrogate, _) in others.items()},
+    )
+    goals = {name: parse_goal(wish, opened.class_names) for name, wish in wishes.items()}
+    found = (
+        saved_conditions(saved)
+        if saved
+        else conditions(named, protocols, forms, goals=goals, class_names=opened.class_names)
     )
     run = Run(
         folder=output,
         evaluation=evaluation,
-        conditions=[*_conditions(named, protocols, saved, forms), *prompt_conditions(keys)],
+        conditions=[
+            *found,
+            *transfer_conditions(named, {name: weights for name, (_, weights) in others.items()}),
+            *minimum_conditions(searches),
+            *prompt_conditions(keys),
+        ],
         preprocessing=opened.preprocessing,
         pictures=pictures,
         saved=saved,
@@ -349,6 +410,26 @@ def _prepare(
     return run, cases
 
 
+def _surrogates(words: Sequence[str], target: Bundle) -> dict[str, tuple[Surrogate, str]]:
+    """Other networks from ``NAME=BUNDLE`` or ``NAME=WEIGHTS``, which are weights for the target's own network."""
+    from dataclasses import replace
+
+    from medrobust.bundle import Bundle
+    from medrobust.evaluation import Surrogate
+
+    found = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        path = Path(text)
+        if not (name and equals and text) or name in found:
+            raise ValueError(f"expected --transfer NAME=BUNDLE or NAME=WEIGHTS, each name once, got {word!r}")
+        if not path.exists():
+            raise FileNotFoundError(f"expected a bundle or weights in {path}, got nothing")
+        other = Bundle(root=path, overrides={}) if path.is_dir() else replace(target, weights=path)
+        found[name] = Surrogate(network=other.network, inferer=other.inferer), other.model
+    return found
+
+
 def _overrides(words: Sequence[str] | None) -> dict[str, Any]:
     from medrobust.parsing import parse_value
 
@@ -361,16 +442,32 @@ def _overrides(words: Sequence[str] | None) -> dict[str, Any]:
     return overrides
 
 
-def _attacks(words: Sequence[str]) -> dict[str, Attack]:
-    from medrobust.parsing import parse_attack, parse_ensemble
+def _attacks(words: Sequence[str]) -> tuple[dict[str, Attack], dict[str, str]]:
+    """The attacks by their names, and what the targeted ones among them want, still as typed."""
+    from dataclasses import replace
+
+    from medrobust.attacks.objectives import CrossEntropy
+    from medrobust.parsing import parse_attack, parse_ensemble, split_goal
 
     named: dict[str, Attack] = {}
+    wishes: dict[str, str] = {}
     for word in words:
-        for name, parsed in (parse_ensemble(word) or dict([parse_attack(word)])).items():
+        rest, wish = split_goal(word)
+        if wish:
+            name, parsed = parse_attack(rest)
+            name = name if ":" in rest else f"{name} {wish.replace(':', ' ').replace(',', ' ')}"
+            if not any(word.startswith("objective=") for word in rest.split()):
+                # Soft Dice hardly slopes where a structure shall be absent.
+                parsed = replace(parsed, objective=CrossEntropy())
+            found = {name: replace(parsed, targeted=True)}
+            wishes[name] = wish
+        else:
+            found = parse_ensemble(word) or dict([parse_attack(word)])
+        for name, parsed in found.items():
             if name in named:
                 raise ValueError(f"expected attacks of different names, got {name!r} twice: write 'strong: {word}'")
             named[name] = parsed
-    return named
+    return named, wishes
 
 
 def _protocols(word: str) -> list[str]:
@@ -382,13 +479,27 @@ def _protocols(word: str) -> list[str]:
     return known[word]
 
 
-def _conditions(
-    named: Mapping[str, Attack], protocols: Sequence[str], saved: Path | None, forms: Sequence[str]
-) -> list[Condition]:
-    from medrobust.evaluation import conditions
-    from medrobust.run import saved_conditions
+def _plan(run: Run, cases: Sequence[Mapping[str, Any]], soundness: str) -> Callable[[], None]:
+    """Say how long the run will take where that is long; returns the check of its soundness, to be run after it."""
+    from medrobust import preflight
 
-    return saved_conditions(saved) if saved else conditions(named, protocols, forms)
+    asked = preflight.strongest(run.conditions)
+    mode, why_not = preflight.plan(asked, soundness, 0.0)
+    opened = None
+    if mode or preflight.is_long(run.conditions):
+        opened = preflight.first_case(run, cases)
+    if opened is not None:
+        one = preflight.one_gradient(run.conditions, opened)
+        for line in preflight.estimates(run.conditions, one, len(cases)):
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
+    if mode:
+        mode, why_not = preflight.plan(asked, soundness, one if opened else None)
+
+    def check() -> None:
+        with out.status("checking the evaluation itself"):
+            preflight.check(run, asked, opened, mode, why_not)
+
+    return check
 
 
 def _go(run: Run, cases: Sequence[Mapping[str, Any]]) -> None:
@@ -422,6 +533,8 @@ def _report(paths: Sequence[Path], target: Path, notes: Sequence[str]) -> None:
     from medrobust.run import read_failures
 
     failures = [item for path in paths for item in read_failures(path.parent).items()]
+    from medrobust.findings import FILE, Checked, read
+
     missing = [path for path in paths if not path.is_file()]
     if missing and len(paths) == 1 and failures:
         raise typer.Exit(1)
@@ -431,12 +544,17 @@ def _report(paths: Sequence[Path], target: Path, notes: Sequence[str]) -> None:
     notes = [*notes, *(f"Case {case} failed; what it lacks is in no number: {why}" for case, why in failures)]
     pictures: list[Picture] = []
     for path in paths:
-        found = sorted((path.parent / "pictures").glob("*.png"), key=lambda picture: picture.stat().st_mtime_ns)
+        files = sorted((path.parent / "pictures").glob("*.png"), key=lambda picture: picture.stat().st_mtime_ns)
         model = read_csv(path)[0].model if len(paths) > 1 else ""
-        pictures += [(f"{caption(picture)}, {model}", picture.read_bytes()) if model else picture for picture in found]
-    summary = markdown(records, notes=notes)
+        pictures += [(f"{caption(picture)}, {model}", picture.read_bytes()) if model else picture for picture in files]
+    checks = []
+    for path in paths:
+        if (found := read(path.parent / FILE)) is None:
+            found = Checked(model=read_csv(path)[0].model, why_not="it was not asked for")
+        checks.append(found)
+    summary = markdown(records, notes=notes, checks=checks)
     write_text(target / "report.md", summary)
-    write_text(target / "report.html", html(records, pictures, notes=notes))
+    write_text(target / "report.html", html(records, pictures, notes=notes, checks=checks))
     out.print(Markdown(summary))
     out.print(f"\nreport: {target / 'report.html'}", highlight=False, soft_wrap=True)
     if failures:
@@ -462,7 +580,15 @@ def _clear_demo(folder: Path) -> None:
     path = folder / "run.json"
     if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["shared"].get("purpose") != DEMO:
         raise ValueError(f"expected a new folder or that of an earlier demo, got {folder}: choose another --output")
-    for name in ("run.json", "records.csv", "failures.csv", "prompts.csv", "report.html", "report.md"):
+    for name in (
+        "run.json",
+        "records.csv",
+        "failures.csv",
+        "prompts.csv",
+        "soundness.json",
+        "report.html",
+        "report.md",
+    ):
         (folder / name).unlink(missing_ok=True)
     for name in ("volumes", "pictures", HARDENED):
         shutil.rmtree(folder / name, ignore_errors=True)

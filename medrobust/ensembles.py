@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from medrobust.budgets import parse
+from medrobust.budgets import PRESETS, parse
 from medrobust.pooled import Bounded, dataset_dice, dataset_miou
 from medrobust.records import CLEAN, Record
-from medrobust.sea import PRESETS
 from medrobust.statistics import is_foreground, per_case
 from medrobust.worst_case import worst
 

@@ -15,6 +15,8 @@ only, draw chance from their own generator, and keep the image's own metadata on
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,17 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor, decollate_batch
 from monai.engines.utils import IterationEvents
 from monai.inferers import Inferer, SlidingWindowInferer
+from nibabel.affines import voxel_sizes
 from torch import Tensor, nn
 
-from medrobust.attacks.base import Attack, frozen
+from medrobust.attacks.base import Attack, frozen, per_case
 from medrobust.attacks.objectives import predict
 from medrobust.data.images import save_mask
+from medrobust.goals import Goal
 from medrobust.inferers import bind
 from medrobust.io import save_volume, stem, unused
 from medrobust.schedules import Schedule, attack_of, attacks_of
+from medrobust.targeted import wanted
 from medrobust.tiles import attack_tiles
 
 PROTOCOLS = ("whole volume", "tiles")
@@ -50,6 +55,7 @@ class _Crafting:
         seed: int = 0,
         image_key: str = "image",
         target_key: str | None = None,
+        goal: Goal | None = None,
         autocast: str | None = None,
     ) -> None:
         """
@@ -64,11 +70,17 @@ class _Crafting:
             image_key: the image's key in the batch.
             target_key: the key of the label map that a targeted attack wants to see; the label itself would be no
                 attack but help.
+            goal: what a targeted attack wants of the label (or the prediction) of each case; structures that the goal
+                is not about shall stay as the model predicts them. Voxel sizes come from the image's affine. A case
+                that lacks what the goal needs stays clean, with a warning.
             autocast: craft in this lower precision, such as ``"bfloat16"``; ``None`` crafts in the precision of the
                 image, whatever the engine's own, because gradients of single voxels are tiny.
         """
-        if any(one.targeted != (target_key is not None) for one in attacks_of(attack)):
-            raise ValueError(f"expected target_key with a targeted attack and only then, got {target_key!r}")
+        if target_key is not None and goal is not None:
+            raise ValueError(f"expected target_key or goal, got both {target_key!r} and {goal!r}")
+        if any(one.targeted != (target_key is not None or goal is not None) for one in attacks_of(attack)):
+            given = target_key if goal is None else goal
+            raise ValueError(f"expected target_key or goal with a targeted attack and only then, got {given!r}")
         if protocol not in PROTOCOLS:
             raise ValueError(f"expected a protocol among {PROTOCOLS}, got {protocol!r}")
         self.attack = attack
@@ -78,10 +90,14 @@ class _Crafting:
         self.seed = seed
         self.image_key = image_key
         self.target_key = target_key
+        self.goal = goal
         self.autocast = None if autocast is None else getattr(torch, autocast)
 
     def craft(self, engine: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """The adversarial twin of the current batch's image with that image's metadata, and the network's arguments."""
+        """The adversarial twin of the current batch's image with that image's metadata, and the network's arguments.
+
+        With a goal, ``engine.state.target`` is what the attacker wants to see.
+        """
         state = engine.state
         source = state.batch[self.image_key]
         image, label, args, kwargs = prepare(engine)
@@ -95,16 +111,25 @@ class _Crafting:
         model = bind(network, inferer, *args, **kwargs)
         if self.protocol != "whole volume" and not isinstance(inferer, SlidingWindowInferer):
             raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(inferer).__name__}")
+        possible = torch.ones(len(image), dtype=torch.bool, device=image.device)
+        label_free = self.label_free
+        if self.goal is not None:
+            pred = own_prediction(attack, model, image)
+            truth = pred if label_free else label.as_subclass(Tensor).long()
+            target, possible = targets(self.goal, truth, spacings(source), lambda case: where(engine, case=case))
+            label = wanted(target, truth, pred, self.goal.classes)
+            engine.state.target, label_free = label, False
         try:
             with torch.autocast(image.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 if isinstance(inferer, SlidingWindowInferer) and self.protocol == "tiles":
-                    target = own_prediction(attack, model, image) if self.label_free else label
+                    target = own_prediction(attack, model, image) if label_free else label
                     tile = bind(network, None, *args, **kwargs)
                     image_adv = attack_tiles(attack, tile, image, target, inferer.roi_size, generator=generator)
                 else:
-                    image_adv = attack(model, image, None if self.label_free else label, generator=generator)
+                    image_adv = attack(model, image, None if label_free else label, generator=generator)
         except ValueError as error:
             raise ValueError(f"{error} ({where(engine)})") from error
+        image_adv = torch.where(per_case(possible, image_adv), image_adv, image.as_subclass(Tensor).to(image_adv))
         return with_meta_of(source, image_adv), args, kwargs
 
 
@@ -134,7 +159,8 @@ class RobustEvaluation(_Crafting):
     """Add ``image_adv`` and ``pred_adv`` to an evaluator's output after its clean forward pass.
 
     Metrics on the pair ``from_engine(["pred_adv", "label"])`` then stand beside the clean ones, and a postprocessing
-    that lists ``pred_adv`` saves it with the image's geometry.
+    that lists ``pred_adv`` saves it with the image's geometry. With a ``goal``, ``target`` joins them: what the
+    attacker wants to see, for metrics on ``from_engine(["pred_adv", "target"])``.
     """
 
     def attach(self, engine: Engine) -> None:
@@ -144,6 +170,8 @@ class RobustEvaluation(_Crafting):
         image_adv, args, kwargs = self.craft(engine)
         output = engine.state.output
         output["image_adv"] = image_adv = image_adv.to(engine.state.device)
+        if self.goal is not None:
+            output["target"] = with_meta_of(engine.state.batch[self.image_key], engine.state.target)
         with engine.mode(engine.network), torch.autocast("cuda", enabled=engine.amp, **engine.amp_kwargs):
             output["pred_adv"] = engine.inferer(image_adv, engine.network, *args, **kwargs)
 
@@ -215,11 +243,43 @@ def prepare(engine: Any) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
     return image, label, args, kwargs
 
 
-def where(engine: Any, image_key: str = "image") -> str:
-    """The current epoch, iteration and cases, by file name without folders, for a message."""
+def targets(
+    goal: Goal, label: Tensor, spacing: Sequence[Sequence[float] | float], place: Callable[[int], str]
+) -> tuple[Tensor, Tensor]:
+    """What the goal wants of each case, and for which (B,) it is possible; the others keep their label.
+
+    Args:
+        label: (B, 1, *S).
+        spacing: in mm, one a case.
+        place: says where a case is, for the warning.
+    """
+    found = label.as_subclass(Tensor).long().clone()
+    possible = torch.ones(len(found), dtype=torch.bool, device=found.device)
+    for case in range(len(found)):
+        try:
+            found[case] = goal(found[case : case + 1], spacing[case])[0]
+        except ValueError as error:
+            why = str(error).partition(" (case ")[0]
+            warnings.warn(f"not attacked, the goal is impossible {place(case)}: {why}", stacklevel=2)
+            possible[case] = False
+    return found, possible
+
+
+def spacings(source: Any) -> list[Sequence[float] | float]:
+    """The voxel sizes in mm of each case of a batch (B, C, *S), from its affine; 1 where it has none."""
+    if not isinstance(source, MetaTensor):
+        return [1.0] * len(source)
+    affine = source.affine.cpu().numpy()
+    each = affine if affine.ndim == 3 else [affine] * len(source)
+    return [[float(size) for size in voxel_sizes(one)[: source.ndim - 2]] for one in each]
+
+
+def where(engine: Any, image_key: str = "image", *, case: int | None = None) -> str:
+    """The current epoch, iteration and cases, by file name without folders, for a message; or one case of them."""
     meta = getattr(engine.state.batch.get(image_key), "meta", {})
     names = meta.get("filename_or_obj", "an unnamed case")
     names = [names] if isinstance(names, str) else names
+    names = names if case is None or case >= len(names) else names[case : case + 1]
     cases = ", ".join(dict.fromkeys(stem(str(name)) for name in names))
     return f"in epoch {engine.state.epoch}, iteration {engine.state.iteration}, on {cases}"
 

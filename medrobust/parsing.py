@@ -15,9 +15,19 @@ import yaml
 from medrobust import attacks
 from medrobust.attacks import objectives, scores, voxel_losses
 from medrobust.attacks.base import Attack
+from medrobust.goals import ChangeVolume, Erase, Goal, Inside, Invent, MoveBoundary, Swap
+from medrobust.minimum_eps import MinimumEps
 
 OBJECTIVES = ("objective", "criterion", "track")
 """Settings that are objectives, and go by their names."""
+
+GOALS: dict[str, type[Goal]] = {
+    "erase": Erase,
+    "invent": Invent,
+    "move": MoveBoundary,
+    "volume": ChangeVolume,
+    "swap": Swap,
+}
 
 _FRACTION = re.compile(r"^\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*/\s*([\d.]+)\s*$")
 
@@ -51,6 +61,76 @@ def parse_attack(text: str) -> tuple[str, Attack]:
     except TypeError as error:
         raise ValueError(f"expected values that {cls.__name__} understands, got {settings}: {error}") from error
     return label.strip() or cls.__name__, attack
+
+
+def split_goal(text: str) -> tuple[str, str]:
+    """An attack as typed without its ``goal=...`` word, and what that word says; "" where there is none."""
+    words = shlex.split(text)
+    goals = [word for word in words if word.startswith("goal=")]
+    if len(goals) > 1:
+        raise ValueError(f"expected one goal, got {', '.join(goals)}: attack once for each")
+    rest = [word for word in words if not word.startswith("goal=")]
+    return (shlex.join(rest), goals[0].removeprefix("goal=")) if goals else (text, "")
+
+
+def parse_goal(text: str, class_names: Sequence[str]) -> Goal:
+    """A goal such as ``erase:liver``, ``move:liver,mm=-5``, ``invent:tumour,radius_mm=8,where=inside:liver``.
+
+    A structure goes by its name (an underscore stands for a space) or its number. ``where`` is ``inside:STRUCTURE``,
+    ``random`` with a ``seed``, or fractions of the image's extent as in ``0.5:0.5:0.3``.
+
+    Raises:
+        ValueError: unknown goal, structure or setting, with the nearest that exists.
+    """
+    name, _, rest = text.partition(":")
+    check_name(name, GOALS, "goal")
+    cls = GOALS[name]
+    settings: dict[str, Any] = {}
+    structures = []
+    for word in rest.split(","):
+        key, equals, value = word.partition("=")
+        if not equals:
+            structures.append(_structure(word, class_names))
+            continue
+        check_name(key, [field.name for field in fields(cls) if "class" not in field.name], f"setting of {name}")
+        if key == "where" and ":" in value:
+            kind, _, inside = value.partition(":")
+            fractions = tuple(parse_value(part) for part in value.split(":")) if kind != "inside" else ()
+            settings[key] = fractions or Inside(class_index=_structure(inside, class_names))
+        else:
+            settings[key] = parse_value(value)
+    wanted = ("first", "second") if cls is Swap else ("class_index",)
+    if len(structures) != len(wanted):
+        raise ValueError(f"expected {len(wanted)} structure(s) after {name}:, got {rest!r}")
+    try:
+        return cls(**dict(zip(wanted, structures, strict=True)), **settings)
+    except TypeError as error:
+        raise ValueError(f"expected the settings of {cls.__name__}, got {text!r}: {error}") from error
+
+
+def parse_minimum(text: str, *, below: float, most: str | None) -> tuple[str, MinimumEps]:
+    """A search for the smallest eps of an attack such as ``"pgd steps=20"``; returns what to call it, and the search.
+
+    Args:
+        below: a case is broken when its Dice is less than this.
+        most: the largest eps tried, as typed; ``None``: 32/255.
+
+    Raises:
+        ValueError: unknown attack, setting or value, or an attack that takes no eps.
+    """
+    name, attack = parse_attack(text)
+    search = MinimumEps(attack=attack, below=below)
+    return name, search if most is None else dataclasses.replace(search, most=float(parse_value(most)))
+
+
+def _structure(text: str, class_names: Sequence[str]) -> int:
+    """The class of this name or number."""
+    wanted = text.strip().lower().replace("_", " ")
+    known = [name.lower().replace("_", " ") for name in class_names]
+    if wanted.isdigit() and int(wanted) < len(known):
+        return int(wanted)
+    check_name(wanted, known, "structure")
+    return known.index(wanted)
 
 
 def sweep(named: Mapping[str, Attack], sizes: Sequence[str]) -> dict[str, Attack]:

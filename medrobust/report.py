@@ -6,12 +6,17 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from medrobust.breaking import breaking, shares
+from medrobust.findings import Checked, warnings
+from medrobust.goal_tables import goals_table
 from medrobust.pictures import decline_curves, dice_by_class
 from medrobust.records import Record
 from medrobust.tables import HEADS, contents
+from medrobust.transfer import matrices
 
 TITLE = "Robustness report"
 
@@ -26,12 +31,14 @@ def html(
     title: str = TITLE,
     notes: Sequence[str] = (),
     controls: Collection[str] | None = None,
+    checks: Sequence[Checked] = (),
     most_pictures: int = 24,
 ) -> str:
     """The whole report as one HTML file without links or scripts, for the screen, the telephone and paper.
 
     Conditions keep the order of their first appearance, so a control stands under its attack when recorded after it.
     ``controls`` names the conditions that are controls; by default those whose attack is noise or takes no step.
+    ``checks`` are what the soundness checklist found of the runs the records are from, warnings first.
     ``notes`` are added to the notes that every report has. Of more than ``most_pictures`` pictures an even choice is
     shown, and the report says so.
 
@@ -39,10 +46,15 @@ def html(
     """
     count = min(len(pictures), most_pictures)
     shown = [pictures[k * len(pictures) // count] for k in range(count)]
-    view = contents(list(records), title, notes, controls)
+    records = list(records)
+    view = _view(records, title, notes, controls, checks)
     for model in view["models"]:
         model["figure"] = _data_uri(dice_by_class(model["means"])) if model["organs"] else ""
         curves = [curve for table in model["decline"] for curve in table["curves"]]
+        units = dict.fromkeys(search["unit"] for search in model["breaking"])
+        model["shares"] = [
+            _data_uri(shares([search for search in model["breaking"] if search["unit"] == unit])) for unit in units
+        ]
         model["curves"] = _data_uri(decline_curves(curves, model["clean_dice"])) if curves else ""
     return (
         _environment(escape=True)
@@ -61,10 +73,26 @@ def markdown(
     title: str = TITLE,
     notes: Sequence[str] = (),
     controls: Collection[str] | None = None,
+    checks: Sequence[Checked] = (),
 ) -> str:
     """The report's numbers as Markdown; arguments as for ``html``."""
-    view = contents(list(records), title, notes, controls)
+    view = _view(list(records), title, notes, controls, checks)
     return _environment(escape=False).get_template("report.md.j2").render(view)
+
+
+def _view(
+    records: list[Record],
+    title: str,
+    notes: Sequence[str],
+    controls: Collection[str] | None,
+    checks: Sequence[Checked],
+) -> dict[str, Any]:
+    view = contents(records, title, notes, controls)
+    for model in view["models"]:
+        own = [record for record in records if record.model == model["name"]]
+        model["goals"], model["breaking"] = goals_table(own), breaking(own)
+    found = [{"run": check, "warnings": warnings(check.findings)} for check in checks]
+    return {**view, "checks": found, "transfer": matrices(records)}
 
 
 def _picture(picture: Picture) -> dict[str, str]:

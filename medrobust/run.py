@@ -144,22 +144,23 @@ class Run:
             wanted,
             saved=lambda c: self._load(name, c, image),
             norms=norms,
-            inputs=self._inputs(data, paths),
+            inputs=self.inputs(data, paths),
             broken=self._broken(known),
         )
         for index, result in enumerate(results):
             affine, meta = (image.affine, image.meta) if isinstance(image, MetaTensor) else (np.eye(4), {})
-            if self.volumes and not self.saved and not (result.condition.prompt or result.condition.stored):
+            made = not (result.condition.prompt or result.condition.stored or result.why_not)
+            if self.volumes and not self.saved and made:
                 self._keep(name, result, affine, meta)
             if self._key(name, result.condition) not in done:
                 append(result.records, self.records_path)
-            if self.pictures and result.condition.attack is not None:
+            if self.pictures and result.condition.attack is not None and not result.why_not:
                 self._picture(name, result, voxel_sizes(np.asarray(affine)))
             if index + 1 < len(wanted):
                 following = wanted[index + 1]
                 progress(name, " ".join(part for part in (following.name, following.protocol) if part))
 
-    def _inputs(self, data: Mapping[str, Any], paths: Mapping[str, Any]) -> Inputs:
+    def inputs(self, data: Mapping[str, Any], paths: Mapping[str, Any]) -> Inputs:
         """What the network takes beside the image."""
 
         def of(one: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from medrobust.attacks.apgd import APGD
-from medrobust.attacks.base import Attack, Model
+from medrobust.attacks.base import Attack, Model, frozen
 from medrobust.attacks.objectives import CrossEntropy, Head, SoftDice
 from medrobust.attacks.scores import VoxelError
 from medrobust.attacks.threat import Eps
@@ -40,8 +40,9 @@ from medrobust.attacks.voxel_losses import (
     MCEDice,
     SegPGDLoss,
 )
+from medrobust.budgets import PRESETS
 
-PRESETS = ("sea", "sea-v1", "sea-v2")
+__all__ = ["BUDGETS", "PRESETS", "ensemble_of", "gradient_seconds", "gradients", "members", "seconds"]
 
 BUDGETS: dict[str, tuple[int, int, bool]] = {"fast": (2, 40, False), "standard": (3, 100, True), "full": (5, 300, True)}
 """Members of ``sea``, their steps, and whether the radius shrinks in three stages.
@@ -129,10 +130,17 @@ def seconds(attacks: Mapping[str, Attack], model: Model, image: Tensor, label: T
         label: (1, 1, *S).
         cases: how many.
     """
-    attack = next(iter(attacks.values()))
-    with torch.enable_grad():
+    one = gradient_seconds(next(iter(attacks.values())), model, image, label)
+    return one * gradients(list(attacks.values())) * cases
+
+
+def gradient_seconds(attack: Attack, model: Model, image: Tensor, label: Tensor) -> float:
+    """What one gradient of the attack's objective takes; the first one, which warms up, is not counted."""
+    one = 0.0
+    with frozen(model), torch.enable_grad():
         for _ in range(2):
             start = time.perf_counter()
-            attack.gradient(model, image, label)
+            _, gradient = attack.gradient(model, image, label)
+            gradient.flatten()[0].item()  # waits for a device that computes on its own
             one = time.perf_counter() - start
-    return one * gradients(list(attacks.values())) * cases
+    return one

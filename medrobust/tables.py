@@ -4,11 +4,12 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from medrobust import breaking, goal_tables, transfer
 from medrobust.budgets import budget
 from medrobust.decline import Point, decline
 from medrobust.ensembles import COUNTS, Ensemble, ensembles
@@ -26,6 +27,9 @@ HEADS = {
     "iou": "IoU",
     "l2": "L2",
     "lpips": "LPIPS",
+    "missed_rate": "Missed lesions",
+    "volume_error": "Volume error, magnitude",
+    "nsd": "NSD",
     "dice_as_published": "Dice, as published",
     "hd95_as_published": "HD95 in voxels, as published",
 }
@@ -46,7 +50,10 @@ class _Group:
         return [row for row in self.rows if row.metric == metric]
 
     def values(self, metric: str) -> dict[str, float]:
-        return per_case(self.of(metric))
+        rows = self.of(metric)
+        if metric == "volume_error":  # too large and too small must not cancel
+            rows = [replace(row, value=abs(row.value)) for row in rows]
+        return per_case(rows)
 
     @property
     def attacks(self) -> list[str]:
@@ -55,6 +62,10 @@ class _Group:
     @property
     def budget(self) -> str:
         return budget(self.attacks)
+
+    @property
+    def targeted(self) -> bool:
+        return any(goal_tables.is_targeted(attack) for attack in self.attacks)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -105,10 +116,10 @@ def _comparison(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _model(name: str, records: list[Record], controls: Collection[str] | None) -> dict[str, Any]:
-    groups = _groups(records, controls)
+    groups = _groups([record for record in records if record.metric not in breaking.METRICS], controls)
     clean = next((group for group in groups if group.condition == CLEAN), None)
     baseline = clean.values("dice") if clean else {}
-    attacked = [group for group in groups if group.condition != CLEAN and not group.control]
+    attacked = [group for group in groups if not (group.condition == CLEAN or group.control or group.targeted)]
     lines = [_line(group, baseline) for group in groups]
     teams = ensembles(records)
     lines += [_team(team, baseline) for team in teams]
@@ -116,7 +127,11 @@ def _model(name: str, records: list[Record], controls: Collection[str] | None) -
         lines.append(worst)
     labels = _labels(groups)
     classes = _unique(row.class_name for row in records if row.metric == "dice" and is_foreground(row))
-    other = [metric for metric in _unique(row.metric for row in records) if metric not in (*HEADLINE, *COUNTS)]
+    other = [
+        metric
+        for metric in _unique(row.metric for row in records)
+        if metric not in (*HEADLINE, *COUNTS, *goal_tables.METRICS, *breaking.METRICS)
+    ]
     return {
         "name": name,
         "verdict": _verdict(clean, attacked),
@@ -129,7 +144,9 @@ def _model(name: str, records: list[Record], controls: Collection[str] | None) -
             for label, group in zip(labels, groups, strict=True)
         },
         "protocols": _protocols(attacked),
-        "decline": _decline(records),
+        "decline": _decline(
+            [r for r in records if not (goal_tables.is_targeted(r.attack) or transfer.is_made_elsewhere(r.attack))]
+        ),
         "ensembles": [_details(team) for team in teams],
         "clean_dice": float(np.mean(list(baseline.values()))) if baseline else 0.0,
         "other": other,

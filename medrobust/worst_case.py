@@ -11,14 +11,13 @@ over cases first, cases depend on one another: see ``medrobust.pooled``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from monai.utils import convert_to_tensor
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
-from medrobust.metrics._class_maps import class_maps
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +80,12 @@ def confusion(
     Voxels with a negative label have no say, nor have those where ``ignore`` ``(B, 1, *S)`` is true, whatever is
     predicted there. Raises ValueError for maps of other shapes, fractions, or classes outside 0 to K - 1.
     """
+    # Reports read worst cases from records, where no torch is needed.
+    import torch
+    from monai.utils import convert_to_tensor
+
+    from medrobust.metrics._class_maps import class_maps
+
     prediction, reference = (convert_to_tensor(classes, track_meta=False) for classes in (prediction, reference))
     ignored = reference < 0
     if ignore is not None:

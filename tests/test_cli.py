@@ -232,7 +232,7 @@ MISTAKES = [
     (("-a", "pgd", "--label", "a.nii"), "--image with --label"),
     (("-a", "clean: pgd"), "expected a name of its own"),
     (("-a", "a b: pgd", "-a", "a-b: fgsm"), "expected a name of its own"),
-    (("-a", "pgd targeted=true"), "expected an untargeted attack"),
+    (("-a", "pgd targeted=true"), "expected a goal for the targeted attack"),
     (("-a", "pgd eps=["), "expected a number, a word or a list"),
     (("-a", "pgd steps=4.5"), "expected whole steps"),
     (("-a", "pgd", "--set", "validate#dataset#data=$1/0"), "expected validate#dataset#data of bundle to be built"),

@@ -19,6 +19,7 @@ from oracles import SmallNet, VoxelLinear, data
 from torch import nn
 
 from medrobust.attacks import FGSM, PGD, CrossEntropy, RandomNoise
+from medrobust.goals import Erase, MoveBoundary
 from medrobust.handlers import CraftAdversarial, RobustEvaluation, SaveAdversarial, bare
 from medrobust.tiles import attack_tiles
 
@@ -318,3 +319,33 @@ def test_wrappers_are_taken_off() -> None:
 def test_unknown_protocol() -> None:
     with pytest.raises(ValueError, match="expected a protocol among"):
         RobustEvaluation(FGSM(), protocol="patches")
+
+
+def test_a_goal_is_made_from_each_cases_label_and_spacing(tmp_path: Path) -> None:
+    """The affine has slices of 2.5 mm: 2 mm around a voxel reach its neighbours in plane, not those above."""
+    batches = loader(tmp_path)
+    goal = MoveBoundary(class_index=1, mm=2)
+    targeted = FGSM(eps=EPS, objective=CrossEntropy(), targeted=True)
+    for item in outputs(evaluator(batches, VoxelLinear(), [RobustEvaluation(targeted, goal=goal)])):
+        spacing = [float(size) for size in np.linalg.norm(item["image"].affine[:3, :3], axis=0)]
+        target = goal(item["label"][None], spacing)[0]
+        assert torch.equal(item["target"].as_tensor(), target)
+        expected = (item["image"].as_tensor() + EPS * (2 * target - 1)).clamp(0, 1)
+        torch.testing.assert_close(item["image_adv"].as_tensor(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_case_that_lacks_what_the_goal_needs_stays_clean_and_is_named(tmp_path: Path) -> None:
+    batches = loader(tmp_path)
+    path = batches.dataset.data[1]["label"]
+    empty = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(empty.shape, dtype=np.float32), empty.affine), path)
+    targeted = FGSM(eps=EPS, objective=CrossEntropy(), targeted=True)
+    handler = RobustEvaluation(targeted, goal=Erase(class_index=1))
+    with pytest.warns(UserWarning, match=r"impossible in epoch 1, iteration 1, on image1: expected class 1"):
+        first, second = outputs(evaluator(batches, VoxelLinear(), [handler]))
+    assert torch.equal(second["image_adv"].as_tensor(), second["image"].as_tensor())
+    assert not torch.equal(first["image_adv"].as_tensor(), first["image"].as_tensor())
+    with pytest.raises(ValueError, match="target_key or goal with a targeted attack"):
+        RobustEvaluation(FGSM(eps=EPS), goal=Erase(class_index=1))
+    with pytest.raises(ValueError, match="target_key or goal, got both"):
+        RobustEvaluation(targeted, goal=Erase(class_index=1), target_key="wanted")

@@ -1,0 +1,130 @@
+"""The smallest budget that breaks a case: how far each patient's segmentation is from failing.
+
+A fixed budget says how many cases fall; this says for each case when it falls. Bisection over an attack with an
+``eps``, all cases of a batch at once, each with its own. Two things make it cheap and tight: an image that broke the
+case is tried first, pulled into the smaller ball, so that an attack runs only where that is not enough; and each
+success is pulled back along its line to the clean image as far as the case stays broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medrobust.attacks.base import Attack, Model, frozen, per_case
+from medrobust.attacks.norms import ball
+from medrobust.attacks.objectives import Objective
+from medrobust.attacks.scores import HardDice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """What was found; all (B,).
+
+    Attributes:
+        eps: size of the smallest perturbation found that breaks the case: infinity where none of at most ``most`` does,
+            0 where the clean image is broken already. An upper bound of the true minimum, as any attack's success is.
+        score: of that perturbation's image: below the threshold wherever ``eps`` is finite.
+        image_adv: (B, C, *S) those images; the clean one where none was found.
+        attacks: for how many budgets the attack was run.
+    """
+
+    eps: Tensor
+    score: Tensor
+    image_adv: Tensor
+    attacks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumEps:
+    """Bisect the eps at which an attack brings the Dice of a case below a threshold.
+
+    Args:
+        attack: any attack with ``eps`` and ``norm``; its own ``eps`` does not matter.
+        below: a case is broken when its score is less than this.
+        most: the largest eps tried, in the attack's unit.
+        rounds: halvings of the interval; the last one is ``most / 2**rounds`` wide.
+        criterion: whose 1 minus value is the score; hard Dice of the foreground by default.
+    """
+
+    attack: Attack
+    below: float = 0.5
+    most: float = 32 / 255
+    rounds: int = 6
+    criterion: Objective = field(default_factory=HardDice)
+
+    def __post_init__(self) -> None:
+        if not (hasattr(self.attack, "eps") and hasattr(self.attack, "norm")) or self.attack.targeted:
+            raise ValueError(f"expected an untargeted attack with an eps and a norm, got {self.attack!r}")
+        if not (0 < self.below <= 1 and self.most > 0 and self.rounds >= 1):
+            raise ValueError(
+                f"expected below in (0, 1], most > 0 and at least 1 round, got {self.below}, {self.most}, {self.rounds}"
+            )
+
+    def __call__(
+        self, model: Model, image: Tensor, label: Tensor, *, generator: Callable[[], torch.Generator] | None = None
+    ) -> Broken:
+        """Search for each case of ``image`` (B, C, *S) in [0, 1] with ``label`` (B, 1, *S).
+
+        ``generator`` makes the source of chance for each attack; by default each begins with seed 0.
+        """
+        make = generator or (lambda: torch.Generator().manual_seed(0))
+        norm = self.attack.norm  # type: ignore[attr-defined]
+        low = image.new_zeros(len(image))
+        high = torch.full_like(low, self.most)
+        score = self._score(model, image, label)
+        found = score < self.below
+        eps = torch.where(found, 0.0, torch.inf)
+        best, attacks = image.clone(), 0
+        # The first round is the largest ball itself: cases that survive it are not searched.
+        for turn in range(self.rounds + 1):
+            middle = high if turn == 0 else (low + high) / 2
+            open_ = (eps > 0) & ((turn == 0) | torch.isfinite(eps)) & (middle < eps)
+            if not open_.any():
+                continue
+            trial = ball(norm, _rows(middle)).project(best, image)
+            value = self._score(model, trial, label)
+            if (open_ & (value >= self.below)).any():
+                attacks += 1
+                crafted: Any = replace(self.attack, eps=_rows(middle))  # type: ignore[call-arg]
+                stronger = crafted(model, image, label, generator=make())
+                reached = self._score(model, stronger, label)
+                better = reached < value
+                trial = torch.where(per_case(better, image), stronger, trial)
+                value = torch.where(better, reached, value)
+            broke = open_ & (value < self.below)
+            trial = self._pulled_back(model, trial, image, label, broke)
+            best = torch.where(per_case(broke, image), trial, best)
+            score = torch.where(broke, self._score(model, best, label), score)
+            eps = torch.where(broke, _size(norm, best - image), eps)
+            high = torch.where(broke, eps, high)
+            low = torch.where(open_ & ~broke, middle, low)
+        return Broken(eps=eps, score=score, image_adv=best, attacks=attacks)
+
+    def _score(self, model: Model, image: Tensor, label: Tensor) -> Tensor:
+        with frozen(model), torch.no_grad():
+            return 1 - self.criterion(model(image), label)
+
+    def _pulled_back(self, model: Model, image_adv: Tensor, image: Tensor, label: Tensor, broke: Tensor) -> Tensor:
+        """The nearest image on the line to the clean one that still is broken, to 1/32 of the line."""
+        good = torch.ones_like(broke, dtype=image.dtype)
+        bad = torch.zeros_like(good)
+        for _ in range(5):
+            share = (good + bad) / 2
+            value = self._score(model, image + per_case(share, image) * (image_adv - image), label)
+            still = broke & (value < self.below)
+            good, bad = torch.where(still, share, good), torch.where(still, bad, share)
+        return image + per_case(good, image) * (image_adv - image)
+
+
+def _rows(eps: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple((float(value),) for value in eps)
+
+
+def _size(norm: str, delta: Tensor) -> Tensor:
+    flat = delta.flatten(1)
+    return flat.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(flat, dim=1)
