@@ -105,6 +105,16 @@ def load_weights(network: nn.Module, path: str | Path, *, key: str | None = None
     return WeightsReport(path=path, loaded=len(own) - len(filled), dropped=dropped, filled=filled)
 
 
+def read_weights(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
+    """The state dict in a file, for networks that copy published names themselves, such as ``UPerNet.load_published``.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`load_weights`.
+    """
+    path = Path(path)
+    return _state_dict(_read(path), path, key)
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"expected a file of weights, got {path}, which does not exist. Check the path")

@@ -26,8 +26,8 @@ from medrobust.data.ct_organs import CLASSES as CT_CLASSES
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 NAMES = sorted(path.parent.name for path in BUNDLES.glob("*/configs"))
-VOLUMES = [name for name in NAMES if "clipseg" not in name]
-"""Those of 3-D networks; bundles of images and prompts are tested in a file of their own."""
+VOLUMES = [name for name in NAMES if "unetr" in name]
+"""Those of 3-D networks; bundles of images, and of images and prompts, are tested in files of their own."""
 CLASSES = {"acdc_unetr_pp": acdc.CLASSES, "btcv_unetr": btcv.CLASSES, "ct_organs_unetr": CT_CLASSES}
 INTENSITY = {"acdc_unetr_pp": ("lowest_percentile", "highest_percentile")}
 SMALL: dict[str, Any] = {"network_def#feature_size": 4, "network_def#hidden_size": 24, "network_def#num_heads": 2}
