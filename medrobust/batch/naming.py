@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from medrobust.atomic import write_text
+from medrobust.atomic import replacing
 from medrobust.batch.faults import Exit, RunError
 from medrobust.batch.locks import hold
 
@@ -133,5 +133,6 @@ def keep_names(private: Path, names: Mapping[str, str]) -> None:
         writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(["case", "path"])
         writer.writerows(sorted({**known, **names}.items()))
-        write_text(path, text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
-        path.chmod(0o600)
+        with replacing(path) as partial:
+            partial.touch(mode=0o600)
+            partial.write_bytes(text.getvalue().encode("utf-8", "backslashreplace"))

@@ -8,11 +8,8 @@ last byte, the compressed stream's checksum included, and anything that two read
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
-import stat
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +18,8 @@ import numpy as np
 from nibabel.quaternions import fillpositive, quat2mat
 
 from medrobust.batch.faults import CaseError
+from medrobust.batch.stream import CHUNK, Stream
 
-PORTION, CHUNK = 1 << 18, 1 << 22
-"""Bytes taken from the disk, and bytes decompressed, at a time."""
 RATIO = 1032
 """DEFLATE never makes more bytes of one; a header that needs more describes a file that was cut or forged."""
 TYPES = {
@@ -143,7 +139,7 @@ def read(path: str | os.PathLike[str], policy: Policy | None = None) -> Scan:
         CaseError: the file is refused; the message holds numbers and fixed words only.
     """
     policy = policy or Policy()
-    with _Stream(path) as stream:
+    with Stream(path) as stream:
         head = _head(stream, policy)
         volume, warnings = _voxels(stream, head, policy)
         warnings += _rest(stream)
@@ -163,134 +159,18 @@ def read_head(path: str | os.PathLike[str], policy: Policy | None = None) -> Hea
     Raises:
         CaseError: the file is refused.
     """
-    with _Stream(path) as stream:
+    with Stream(path) as stream:
         return _head(stream, policy or Policy())
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a regular file; raises CaseError where it cannot be read."""
-    with _Stream(path, sniff=False) as stream:
+    with Stream(path, sniff=False) as stream:
         stream.drain()
         return stream.digest.hexdigest()
 
 
-class _Stream:
-    """The uncompressed bytes of a file, never more at a time than were asked for; hashes what is on the disk."""
-
-    def __init__(self, path: str | os.PathLike[str], *, sniff: bool = True) -> None:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            descriptor = os.open(path, flags)
-        except (OSError, ValueError) as error:
-            raise CaseError(
-                "unreadable", f"the file cannot be opened ({type(error).__name__})", kind="failed"
-            ) from None
-        try:
-            self.file = os.fdopen(descriptor, "rb", buffering=0)
-        except IsADirectoryError:
-            os.close(descriptor)
-            raise CaseError("not-a-file", "expected a regular file, got a folder") from None
-        try:
-            self.before = os.fstat(self.file.fileno())
-            if not stat.S_ISREG(self.before.st_mode):
-                raise CaseError("not-a-file", "expected a regular file, got a pipe or a device")
-            self.size = self.before.st_size
-            self.digest = hashlib.sha256()
-            self.taken = 0
-            self.warnings: list[str] = []
-            self.pending = self._raw() if sniff else b""
-            if sniff and not self.pending:
-                raise CaseError("empty", "the file has no bytes")
-            self.inflater = zlib.decompressobj(31) if self.pending[:2] == b"\x1f\x8b" else None
-            if sniff and (self.inflater is not None) != str(path).lower().endswith(".gz"):
-                was = "compressed" if self.inflater else "not compressed"
-                raise CaseError("misnamed", f"the file is {was}, which its ending does not say: rename it")
-        except BaseException:
-            self.file.close()
-            raise
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def _raw(self) -> bytes:
-        try:
-            chunk = self.file.read(PORTION) or b""
-        except OSError as error:
-            raise CaseError("unreadable", f"the disk reports an error ({error.errno})", kind="failed") from None
-        self.digest.update(chunk)
-        self.taken += len(chunk)
-        return chunk
-
-    def drain(self) -> None:
-        """Read what is left, for its hash."""
-        while self._raw():
-            pass
-
-    def read(self, count: int) -> bytes:
-        """At most ``count`` bytes; none at the end.
-
-        Raises:
-            CaseError: a compressed stream that is cut or damaged.
-        """
-        if self.inflater is None:
-            self.pending = self.pending or self._raw()
-            found, self.pending = self.pending[:count], self.pending[count:]
-            return found
-        while True:
-            if self.inflater.eof and not self._next_member():
-                return b""
-            try:
-                found = self.inflater.decompress(self.pending, count)
-            except zlib.error:
-                raise CaseError("corrupt", "the compressed stream is damaged or its checksum is wrong") from None
-            self.pending = self.inflater.unconsumed_tail
-            if found:
-                return found
-            if not self.inflater.eof and not self.pending:
-                self.pending = self._raw()
-                if not self.pending:
-                    raise CaseError("truncated", "the compressed stream ends before its end mark")
-
-    def _next_member(self) -> bool:
-        """Several gzip streams in one file are one; anything else behind the last is garbage."""
-        assert self.inflater is not None
-        rest = self.inflater.unused_data
-        while len(rest) < 2 and (more := self._raw()):
-            rest += more
-        if rest[:2] == b"\x1f\x8b":
-            self.inflater, self.pending = zlib.decompressobj(31), rest
-            return True
-        if rest and "trailing-garbage" not in self.warnings:
-            self.warnings.append("trailing-garbage")
-        self.drain()
-        return False
-
-    def exactly(self, count: int) -> bytes:
-        found = b""
-        while len(found) < count:
-            piece = self.read(count - len(found))
-            if not piece:
-                raise CaseError("truncated", f"expected {count} bytes of header, got {len(found)}")
-            found += piece
-        return found
-
-    def skip(self, count: int) -> None:
-        while count > 0:
-            piece = self.read(min(count, CHUNK))
-            if not piece:
-                raise CaseError("truncated", "the file ends before its voxels begin")
-            count -= len(piece)
-
-    def check_unchanged(self) -> None:
-        now = os.fstat(self.file.fileno())
-        if (now.st_size, now.st_mtime_ns) != (self.before.st_size, self.before.st_mtime_ns) or self.taken != self.size:
-            raise CaseError("changed", "the file was written to while it was read", kind="failed")
-
-
-def _head(stream: _Stream, policy: Policy) -> Head:
+def _head(stream: Stream, policy: Policy) -> Head:
     raw = stream.exactly(4)
     little = int.from_bytes(raw, "little") in SIZES
     size = int.from_bytes(raw, "little" if little else "big")
@@ -433,7 +313,7 @@ def displacement(one: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]
     return float(away / np.linalg.norm(other[:3, :3], axis=0).min())
 
 
-def _voxels(stream: _Stream, head: Head, policy: Policy) -> tuple[np.ndarray, tuple[str, ...]]:
+def _voxels(stream: Stream, head: Head, policy: Policy) -> tuple[np.ndarray, tuple[str, ...]]:
     stream.skip(head.offset - (348 if head.geometry.version == 1 else 540))
     count, done, carried = head.voxels, 0, b""
     flat = np.empty(count, dtype=np.float32)
@@ -479,7 +359,7 @@ def _scale(stored: np.ndarray, head: Head, out: np.ndarray) -> None:
             out[:] = stored.astype(np.float64) * head.slope + head.inter
 
 
-def _rest(stream: _Stream) -> tuple[str, ...]:
+def _rest(stream: Stream) -> tuple[str, ...]:
     """Read to the end, so that the checksum is verified; a little behind the voxels is a warning, more a refusal."""
     extra = 0
     while piece := stream.read(CHUNK):
