@@ -14,7 +14,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-_SUPPORT = ("base", "norms", "objectives", "scores", "threat", "voxel_losses")
+_SUPPORT = ("base", "class_losses", "norms", "objectives", "scores", "threat", "voxel_losses")
 """Files that hold what attacks share."""
 
 
@@ -43,7 +43,7 @@ def _key(name: str) -> str:
 def __getattr__(name: str) -> Any:
     if name.startswith("_") or not name[0].isupper():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for support in ("objectives", "voxel_losses", "scores", "threat", "base"):
+    for support in ("objectives", "class_losses", "voxel_losses", "scores", "threat", "base"):
         module = import_module(f"{__name__}.{support}")
         if hasattr(module, name):
             return getattr(module, name)

@@ -72,7 +72,8 @@ class Attack(ABC):
                 frozen meanwhile; both come back as they were, whatever happens. Of any other callable that is the
                 caller's business: bind a network and its inferer with ``medrobust.inferers.bind``.
             image: (B, C, H, W) or (B, C, H, W, D), intensities in [0, 1]. Metadata is stripped, not carried over.
-            label: (B, 1, *S) classes, or (B, K, *S) for overlapping sigmoid channels; voxels of -1 have no say.
+            label: (B, 1, *S) classes, or (B, K, *S) for overlapping sigmoid channels; voxels of -1 have no say. For a
+                model that gives one answer an image, logits (B, K, 1, 1), the label is (B, 1, 1, 1).
                 ``None``: the model's own prediction on the clean image, so that no annotation is needed.
             region: (B or 1, C or 1, *S) bool, the only voxels that may change, such as the body or one organ. A random
                 start in an L2 ball spends part of the budget outside, where it is dropped: prefer attacks without one.
@@ -268,7 +269,8 @@ def check_label_grid(image: Tensor, label: Tensor, attack: str) -> None:
     Raises:
         ValueError: with what was expected, what came and what to do.
     """
-    if label.ndim != image.ndim or label.shape[0] != image.shape[0] or label.shape[2:] != image.shape[2:]:
+    grids = (image.shape[2:], (1,) * (image.ndim - 2))  # of voxels, or of one answer for the whole image
+    if label.ndim != image.ndim or label.shape[0] != image.shape[0] or label.shape[2:] not in grids:
         raise ValueError(
             f"{attack} expected a label (B, 1, *S) on the grid of the image {tuple(image.shape)}, "
             f"got {tuple(label.shape)}: resample it onto the image, or pass None to attack the model's prediction"
