@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -151,8 +151,7 @@ class Case:
             if not value.requires_grad:
                 return None, None, "the logits do not depend on the image for autograd"
             try:
-                found: Sequence[Tensor | None]  # what torch's types leave out
-                found = torch.autograd.grad(value.sum(), (logits, image), allow_unused=True)
+                found: Any = torch.autograd.grad(value.sum(), (logits, image), allow_unused=True)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
