@@ -72,11 +72,12 @@ class CrossEntropy:
         check_label(logits, label, self.head)
         logits, valid = full_precision(logits), label.flatten(1) >= 0
         if is_softmax(logits, self.head):
-            voxels = F.cross_entropy(logits, label[:, 0].long(), reduction="none", ignore_index=IGNORED)
+            voxels = F.cross_entropy(logits, label[:, 0].long(), reduction="none", ignore_index=IGNORED).flatten(1)
         else:
             target = label.to(logits.dtype)
-            voxels = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        return torch.where(valid, voxels.flatten(1), 0).sum(1) / valid.sum(1).clamp_min(1)
+            voxels = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1)
+            voxels = torch.where(valid, voxels, 0)
+        return voxels.sum(1) / valid.sum(1).clamp_min(1)
 
 
 @dataclass(frozen=True, kw_only=True)
