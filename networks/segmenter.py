@@ -13,7 +13,6 @@ the released weights, which were not to be had. So no result of either paper was
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,8 +22,7 @@ from monai.networks.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WRAPPERS = re.compile(r"^(?:(?:module|base_model|model|_orig_mod)\.)+")
-"""What ``DistributedDataParallel``, the authors' attack and normalisation wrappers and ``torch.compile`` put first."""
+from medrobust.networks.published import copy_published, renamed, unwrapped
 
 PUBLISHED = (
     (r"\bpatch_embed\.", "patch_embed.proj."),
@@ -259,34 +257,13 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _renamed(name: str) -> str:
-    for pattern, replacement in PUBLISHED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def _copy(module: nn.Module, weights: Mapping[str, Tensor], unused: str, positions: str) -> None:
-    """Copy ``weights`` under their published names; only what ``unused`` matches may remain."""
-    found = {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
+    """Copy ``weights`` under their published names, positions interpolated; only what ``unused`` matches may remain."""
+    found = unwrapped(weights)
     own = module.state_dict()
-    theirs = {name: _renamed(name) for name in own}
-    known = {*theirs.values()}
     if positions in found:
         found[positions] = _fitted(found[positions], own[positions])
-    problems = [f"no {name}" for name in theirs.values() if name not in found]
-    problems += [f"{name}, which has no place" for name in found if name not in known and not re.match(unused, name)]
-    problems += [
-        f"{their} {tuple(found[their].shape)} where the network has {tuple(own[name].shape)}"
-        for name, their in theirs.items()
-        if their in found and found[their].shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError(
-            f"expected published weights of {len(theirs)} tensors, got {len(problems)} that do not fit: "
-            f"{', '.join(problems[:6])}{', ...' if len(problems) > 6 else ''}. Build the network with the settings it "
-            "was trained with"
-        )
-    module.load_state_dict({name: found[their] for name, their in theirs.items()})
+    copy_published(module, found, {name: renamed(name, PUBLISHED) for name in own}, unused)
 
 
 def _fitted(positions: Tensor, own: Tensor) -> Tensor:

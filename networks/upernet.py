@@ -12,13 +12,14 @@ released weights, which were not to be had. So no result of the paper was reprod
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from medrobust.networks.published import copy_published, renamed, unwrapped
 
 try:
     from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
@@ -33,9 +34,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"depths": (3, 3, 27, 3), "drop_path_rate": 0.3},
 }
 """What differs between the published sizes: ``UPerNet(**SIZES["small"])``."""
-
-WRAPPERS = re.compile(r"^(?:(?:module|base_model|model|_orig_mod)\.)+")
-"""What ``DistributedDataParallel``, the authors' attack and normalisation wrappers and ``torch.compile`` put first."""
 
 CHECKPOINT = (
     (r"^backbone\.embeddings\.(\d)", r"backbone.downsample_layers.0.stem.\1"),
@@ -178,7 +176,9 @@ class UPerNet(nn.Module):
             ValueError: names or shapes do not fit; the network is left as it was.
         """
         unused = r"auxiliary_head\." if self.auxiliary_head is None else None
-        _copy(self, weights, {name: _renamed(name, CHECKPOINT) for name in self.state_dict()}, unused)
+        copy_published(
+            self, unwrapped(weights), {name: renamed(name, CHECKPOINT) for name in self.state_dict()}, unused
+        )
 
     def load_backbone(self, weights: Mapping[str, Tensor]) -> None:
         """Copy a published ImageNet classifier, robust or not, into the backbone: PIR-AT's start.
@@ -190,12 +190,13 @@ class UPerNet(nn.Module):
         Raises:
             ValueError: names or shapes do not fit; the network is left as it was.
         """
-        if any(WRAPPERS.sub("", name).startswith("backbone.embeddings.") for name in weights):
+        found = unwrapped(weights)
+        if any(name.startswith("backbone.embeddings.") for name in found):
             theirs = {name: f"backbone.{name}" for name in self.backbone.state_dict()}
-            _copy(self.backbone, weights, theirs, r"(decode_head|auxiliary_head)\.")
+            copy_published(self.backbone, found, theirs, r"(decode_head|auxiliary_head)\.")
             return
         names = (name for name in self.backbone.state_dict() if not name.startswith("hidden_states_norms."))
-        _copy(self.backbone, weights, {name: _renamed(name, BACKBONE) for name in names}, r"head\.|normalize\.")
+        copy_published(self.backbone, found, {name: renamed(name, BACKBONE) for name in names}, r"head\.|normalize\.")
 
     def _check_image(self, image: Tensor) -> None:
         if image.ndim != 4 or image.shape[1] not in (1, self.in_channels):
@@ -266,35 +267,6 @@ class ChannelNorm(nn.LayerNorm):
 
 def _enlarge(logits: Tensor, image: Tensor) -> Tensor:
     return F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
-
-
-def _renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _copy(module: nn.Module, weights: Mapping[str, Tensor], theirs: Mapping[str, str], unused: str | None) -> None:
-    """Copy ``weights[theirs[name]]`` to every name; only what ``unused`` matches may remain."""
-    found = {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
-    own = module.state_dict()
-    known = {*theirs.values()}
-    problems = [f"no {name}" for name in theirs.values() if name not in found]
-    problems += [
-        f"{name}, which has no place" for name in found if name not in known and not (unused and re.match(unused, name))
-    ]
-    problems += [
-        f"{their} {tuple(found[their].shape)} where the network has {tuple(own[name].shape)}"
-        for name, their in theirs.items()
-        if their in found and found[their].shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError(
-            f"expected published weights of {len(theirs)} tensors, got {len(problems)} that do not fit: "
-            f"{', '.join(problems[:6])}{', ...' if len(problems) > 6 else ''}. Build the network with the settings it "
-            "was trained with"
-        )
-    module.load_state_dict({**own, **{name: found[their] for name, their in theirs.items()}})
 
 
 def _check_settings(
