@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from medrobust.batch.command import batch
 
 if TYPE_CHECKING:
-    from medrobust.attacks.base import Attack
     from medrobust.bundle import Bundle
     from medrobust.evaluation import Surrogate
     from medrobust.run import Run
@@ -175,9 +174,9 @@ def universal(
 
         from medrobust import universal as making
         from medrobust.bundle import Bundle
-        from medrobust.parsing import parse_value
+        from medrobust.parsing import parse_overrides, parse_value
 
-        opened = Bundle(root=bundle, overrides=_overrides(override), weights=weights, overlays=overlay or [])
+        opened = Bundle(root=bundle, overrides=parse_overrides(override), weights=weights, overlays=overlay or [])
         cases = making.read(opened, opened.cases(split))
         sides = parse_value(size) if size else tuple(cases[0].image.shape[2:])
         delta = making.fit(
@@ -328,9 +327,9 @@ def _prepare(
     purpose: str = "",
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Everything that can be wrong is found here, before any work is done."""
-    from medrobust.parsing import parse_goal, parse_minimum, sweep
+    from medrobust.parsing import parse_attacks, parse_goal, parse_minimum, parse_overrides, sweep
 
-    named, wishes = _attacks(attack or [])
+    named, wishes = parse_attacks(attack or [])
     if eps is not None:
         named = sweep(named, eps.split(","))
         wishes = {name: wishes[old] for name in named for old in (name, name.rpartition(" ")[0]) if old in wishes}
@@ -338,7 +337,7 @@ def _prepare(
     keys = [key.strip() for key in prompts.split(",")] if prompts else []
     forms = [form.strip() for form in stored.split(",")] if stored else []
     protocols = _protocols(protocol)
-    overrides = _overrides(override)
+    overrides = parse_overrides(override)
     if named and saved is not None:
         raise ValueError("expected either --attack or --saved, got both")
     if label is not None and image is None:
@@ -428,46 +427,6 @@ def _surrogates(words: Sequence[str], target: Bundle) -> dict[str, tuple[Surroga
         other = Bundle(root=path, overrides={}) if path.is_dir() else replace(target, weights=path)
         found[name] = Surrogate(network=other.network, inferer=other.inferer), other.model
     return found
-
-
-def _overrides(words: Sequence[str] | None) -> dict[str, Any]:
-    from medrobust.parsing import parse_value
-
-    overrides: dict[str, Any] = {}
-    for word in words or []:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"expected --set id=value, got {word!r}")
-        overrides[name] = parse_value(value)
-    return overrides
-
-
-def _attacks(words: Sequence[str]) -> tuple[dict[str, Attack], dict[str, str]]:
-    """The attacks by their names, and what the targeted ones among them want, still as typed."""
-    from dataclasses import replace
-
-    from medrobust.attacks.objectives import CrossEntropy
-    from medrobust.parsing import parse_attack, parse_ensemble, split_goal
-
-    named: dict[str, Attack] = {}
-    wishes: dict[str, str] = {}
-    for word in words:
-        rest, wish = split_goal(word)
-        if wish:
-            name, parsed = parse_attack(rest)
-            name = name if ":" in rest else f"{name} {wish.replace(':', ' ').replace(',', ' ')}"
-            if not any(word.startswith("objective=") for word in rest.split()):
-                # Soft Dice hardly slopes where a structure shall be absent.
-                parsed = replace(parsed, objective=CrossEntropy())
-            found = {name: replace(parsed, targeted=True)}
-            wishes[name] = wish
-        else:
-            found = parse_ensemble(word) or dict([parse_attack(word)])
-        for name, parsed in found.items():
-            if name in named:
-                raise ValueError(f"expected attacks of different names, got {name!r} twice: write 'strong: {word}'")
-            named[name] = parsed
-    return named, wishes
 
 
 def _protocols(word: str) -> list[str]:

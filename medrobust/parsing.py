@@ -63,6 +63,21 @@ def parse_attack(text: str) -> tuple[str, Attack]:
     return label.strip() or cls.__name__, attack
 
 
+def parse_overrides(words: Iterable[str] | None) -> dict[str, Any]:
+    """Configuration ids and values from words such as ``a#b=3``.
+
+    Raises:
+        ValueError: a word without ``=``.
+    """
+    overrides: dict[str, Any] = {}
+    for word in words or []:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"expected --set id=value, got {word!r}")
+        overrides[name] = parse_value(value)
+    return overrides
+
+
 def split_goal(text: str) -> tuple[str, str]:
     """An attack as typed without its ``goal=...`` word, and what that word says; "" where there is none."""
     words = shlex.split(text)
@@ -71,6 +86,33 @@ def split_goal(text: str) -> tuple[str, str]:
         raise ValueError(f"expected one goal, got {', '.join(goals)}: attack once for each")
     rest = [word for word in words if not word.startswith("goal=")]
     return (shlex.join(rest), goals[0].removeprefix("goal=")) if goals else (text, "")
+
+
+def parse_attacks(words: Sequence[str]) -> tuple[dict[str, Attack], dict[str, str]]:
+    """The attacks by their names, and what the targeted ones among them want, still as typed.
+
+    Raises:
+        ValueError: unknown attack, setting or value, or a name twice.
+    """
+    named: dict[str, Attack] = {}
+    wishes: dict[str, str] = {}
+    for word in words:
+        rest, wish = split_goal(word)
+        if wish:
+            name, parsed = parse_attack(rest)
+            name = name if ":" in rest else f"{name} {wish.replace(':', ' ').replace(',', ' ')}"
+            if not any(word.startswith("objective=") for word in rest.split()):
+                # Soft Dice hardly slopes where a structure shall be absent.
+                parsed = dataclasses.replace(parsed, objective=objectives.CrossEntropy())
+            found = {name: dataclasses.replace(parsed, targeted=True)}
+            wishes[name] = wish
+        else:
+            found = parse_ensemble(word) or dict([parse_attack(word)])
+        for name, parsed in found.items():
+            if name in named:
+                raise ValueError(f"expected attacks of different names, got {name!r} twice: write 'strong: {word}'")
+            named[name] = parsed
+    return named, wishes
 
 
 def parse_goal(text: str, class_names: Sequence[str]) -> Goal:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from medrobust.attacks.base import Attack
     from medrobust.batch.attacked import Attacks
     from medrobust.batch.commit import Store
     from medrobust.batch.discovery import Found
@@ -305,40 +304,20 @@ def _settings(
     from medrobust.batch.faults import Exit, RunError
     from medrobust.batch.nifti import Policy
     from medrobust.batch.recipe import Recipe
+    from medrobust.parsing import parse_attacks, parse_overrides
 
     try:
-        attacks = Attacks(named=_attacks(attack or []), seed=seed)
+        named, wishes = parse_attacks(attack or [])
+        if wishes:
+            raise ValueError(f"expected attacks without a goal here, got {', '.join(wishes)}: use `medrobust evaluate`")
+        attacks = Attacks(named=named, seed=seed)
         _ = attacks.text
         recipe = Recipe(
-            root=bundle, trusted=trust_bundle, weights=weights, device=device, overrides=_overrides(override)
+            root=bundle, trusted=trust_bundle, weights=weights, device=device, overrides=parse_overrides(override)
         )
         return Policy(geometry=geometry, nonfinite=nonfinite), attacks, recipe
     except (ValueError, TypeError) as error:
         raise RunError(Exit.USAGE, str(error)) from None
-
-
-def _attacks(words: Sequence[str]) -> dict[str, Attack]:
-    from medrobust.parsing import parse_attack, parse_ensemble
-
-    named: dict[str, Attack] = {}
-    for word in words:
-        for name, parsed in (parse_ensemble(word) or dict([parse_attack(word)])).items():
-            if name in named:
-                raise ValueError(f"expected attacks of different names, got {name!r} twice: write 'strong: {word}'")
-            named[name] = parsed
-    return named
-
-
-def _overrides(words: Sequence[str] | None) -> dict[str, Any]:
-    from medrobust.parsing import parse_value
-
-    overrides: dict[str, Any] = {}
-    for word in words or []:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"expected --set id=value, got {word!r}")
-        overrides[name] = parse_value(value)
-    return overrides
 
 
 def _tell_plan(
