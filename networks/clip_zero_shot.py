@@ -16,11 +16,11 @@ from torch.nn import functional as F
 
 from medrobust.networks.adapters import Adapter
 from medrobust.networks.clip_layout import from_openai
+from medrobust.networks.hub import from_hub
 from medrobust.networks.weights import WeightsReport, load_weights
 
 try:
-    from safetensors import SafetensorError
-    from transformers import CLIPConfig, CLIPModel, PretrainedConfig
+    from transformers import CLIPConfig, CLIPModel
 except ImportError as error:
     raise ImportError("CLIP needs transformers: pip install 'medrobust[vlm]'") from error
 
@@ -123,32 +123,14 @@ class ZeroShotCLIP(nn.Module):
             FileNotFoundError: neither a folder nor a name on the hub that can be reached.
             ValueError: the weights are of another architecture, or incomplete.
         """
-        try:
-            found, _ = PretrainedConfig.get_config_dict(name)
-            if found.get("model_type") != CLIPConfig.model_type:
-                raise ValueError(
-                    f"expected a CLIP checkpoint, got {name} with model_type {found.get('model_type')!r}: use "
-                    "openai/clip-vit-base-patch32 or a folder saved from it"
-                )
-            loaded: Any = CLIPModel.from_pretrained(
-                name, weights_only=True, attn_implementation=attention, dtype=torch.float32, output_loading_info=True
-            )
-        except OSError as error:
-            raise FileNotFoundError(
-                f"expected a folder with config.json and model.safetensors or a name on the hub, got {name}, where "
-                "there is none. Check the spelling; without a network give a folder"
-            ) from error
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"expected weights in {name} that fit its config.json, got others or a file cut short: download both "
-                "again"
-            ) from error
-        base, report = loaded
-        if report["missing_keys"]:
-            raise ValueError(
-                f"expected weights for all of CLIP in {name}, got none for {len(report['missing_keys'])} tensors "
-                f"(such as {min(report['missing_keys'])}). Was the whole model saved?"
-            )
+        base = from_hub(
+            CLIPModel,
+            name,
+            called="CLIP",
+            example="openai/clip-vit-base-patch32",
+            attn_implementation=attention,
+            dtype=torch.float32,
+        )
         return cls(base, prompts, **settings)
 
     @classmethod

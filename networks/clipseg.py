@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from medrobust.networks.hub import from_hub
 from medrobust.networks.tokens import FIRST_EOS, check_tokens
 
 try:
-    from safetensors import SafetensorError
-    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation, PretrainedConfig
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 except ImportError as error:
     raise ImportError("CLIPSeg needs transformers: pip install 'medrobust[vlm]'") from error
 
@@ -96,32 +96,13 @@ class CLIPSeg(nn.Module):
             FileNotFoundError: neither a folder nor a name on the hub that can be reached.
             ValueError: the weights are of another architecture, or incomplete.
         """
-        try:
-            found, _ = PretrainedConfig.get_config_dict(name)
-            if found.get("model_type") != CLIPSegConfig.model_type:
-                raise ValueError(
-                    f"expected a CLIPSeg checkpoint, got {name} with model_type {found.get('model_type')!r}: "
-                    "use CIDAS/clipseg-rd64-refined or a folder saved from it"
-                )
-            loaded: Any = CLIPSegForImageSegmentation.from_pretrained(
-                name, weights_only=True, attn_implementation=attention, output_loading_info=True
-            )
-        except OSError as error:
-            raise FileNotFoundError(
-                f"expected a folder with config.json and model.safetensors or a name on the hub, got {name}, where "
-                "there is none. Check the spelling; without a network give a folder"
-            ) from error
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"expected weights in {name} that fit its config.json, got others or a file cut short: download both "
-                "again"
-            ) from error
-        base, report = loaded
-        if report["missing_keys"]:
-            raise ValueError(
-                f"expected weights for all of CLIPSeg in {name}, got none for {len(report['missing_keys'])} tensors "
-                f"(such as {min(report['missing_keys'])}). Was the whole model saved?"
-            )
+        base = from_hub(
+            CLIPSegForImageSegmentation,
+            name,
+            called="CLIPSeg",
+            example="CIDAS/clipseg-rd64-refined",
+            attn_implementation=attention,
+        )
         return cls(base, **settings)
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
