@@ -20,10 +20,9 @@ from monai.utils import set_determinism
 from PIL import Image
 
 from medrobust.data import ade20k, ct_slice_maps, voc
+from medrobust.networks.published import renamed
 from medrobust.networks.segmenter import PUBLISHED
-from medrobust.networks.segmenter import _renamed as renamed_segmenter
 from medrobust.networks.upernet import CHECKPOINT
-from medrobust.networks.upernet import _renamed as renamed_upernet
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 UPERNET = {"network_def#depths": [1, 1, 1, 1], "network_def#hidden_sizes": [4, 4, 8, 8], "network_def#hidden_size": 8}
@@ -281,11 +280,8 @@ def test_published_weights_are_one_overlay(
     name: str, pictures: dict[str, Path], ct_organs: Path, tmp_path: Path
 ) -> None:
     random = torch.load(weights(name, tmp_path, pictures, ct_organs), weights_only=True)
-    if name == "upernet_convnext":
-        theirs = {renamed_upernet(key, CHECKPOINT): value for key, value in random.items()}
-    else:
-        assert PUBLISHED
-        theirs = {renamed_segmenter(key): value for key, value in random.items()}
+    rules = CHECKPOINT if name == "upernet_convnext" else PUBLISHED
+    theirs = {renamed(key, rules): value for key, value in random.items()}
     assert theirs.keys() != random.keys()
     torch.save(theirs, tmp_path / "published.pth")
     overrides = small(name, tmp_path, pictures) | {"published_path": str(tmp_path / "published.pth")}
