@@ -17,6 +17,7 @@ from monai.inferers import Inferer
 from monai.transforms import Compose, MapTransform
 from torch import nn
 
+import medrobust.monai_notes  # noqa: F401
 from medrobust.networks.weights import load_weights
 from medrobust.parsing import check_name
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from medrobust.batch.command import batch
+from medrobust.batch.faults import RunError
 
 if TYPE_CHECKING:
-    from medrobust.bundle import Bundle
-    from medrobust.evaluation import Surrogate
+    from medrobust.batch.evaluating import Crew
     from medrobust.run import Run
 
 app = typer.Typer(
@@ -86,6 +87,11 @@ TransferArg = Annotated[
         "--transfer", help="Also make the attacks on another network: NAME=BUNDLE, or NAME=WEIGHTS. Repeatable."
     ),
 ]
+WorkersArg = Annotated[int, typer.Option(help="Processes that do cases; 0: this one does them.", min=0)]
+TimeoutArg = Annotated[float, typer.Option(help="With --workers: seconds for a case; 0: no limit.", min=0)]
+MemoryArg = Annotated[str, typer.Option(help="With --workers: largest memory of each, such as 6G.")]
+PartsArg = Annotated[int, typer.Option(help="Share the cases among so many runs (on one OUTPUT, or several) ...")]
+PartArg = Annotated[int, typer.Option(help="... and do this share, from 0.")]
 LabelFreeArg = Annotated[bool, typer.Option("--label-free", help="Attack the model's own prediction, not the label.")]
 
 
@@ -106,11 +112,15 @@ def attack(
     seed: SeedArg = 0,
     protocol: ProtocolArg = "whole",
     label_free: LabelFreeArg = False,
+    workers: WorkersArg = 0,
+    timeout_per_case: TimeoutArg = 0,
+    memory: MemoryArg = "",
+    num_parts: PartsArg = 1,
+    part_id: PartArg = 0,
 ) -> None:
     """Craft adversarial volumes and their records; no report."""
     with told():
-        run, cases = _prepare(**locals(), saved=None, pictures=False)
-        _go(run, cases)
+        run = _evaluate({**locals(), "pictures": False}, soundness=None)
         out.print(f"volumes and records: {output}", highlight=False, soft_wrap=True)
         if run.failures:
             raise typer.Exit(1)
@@ -143,15 +153,17 @@ def evaluate(
     below: BelowArg = 0.5,
     most: MostArg = None,
     transfer: TransferArg = None,
+    workers: WorkersArg = 0,
+    timeout_per_case: TimeoutArg = 0,
+    memory: MemoryArg = "",
+    num_parts: PartsArg = 1,
+    part_id: PartArg = 0,
     note: Annotated[list[str] | None, typer.Option(help="A line for the report's notes.")] = None,
 ) -> None:
     """Measure clean and under attack, keep the adversarial volumes, write the report."""
     with told():
-        settings = {key: value for key, value in locals().items() if key not in ("note", "soundness")}
-        run, cases = _prepare(**settings)
-        check = _plan(run, cases, soundness)
-        _go(run, cases)
-        check()
+        words = {key: value for key, value in locals().items() if key not in ("note", "soundness")}
+        run = _evaluate(words, soundness)
         _report([run.records_path], run.folder, note or [])
 
 
@@ -262,7 +274,9 @@ def demo(
             "vafa2d q_max=20",
             strong[1],
         ]
-        run, cases = _prepare(bundle=bundle, output=output, attack=attacks, protocol="both", purpose=DEMO)
+        from medrobust.preparing import prepare
+
+        run, cases = prepare(bundle=bundle, output=output, attack=attacks, protocol="both", purpose=DEMO)
         runs = [(run, cases)]
         hardened = bundle / "models" / f"{HARDENED}.pt"
         notes = [
@@ -271,7 +285,7 @@ def demo(
         ]
         if hardened.is_file():
             fewer = ["fgsm eps=8/255", *strong]
-            runs.append(_prepare(bundle=bundle, output=output / HARDENED, attack=fewer, weights=hardened, purpose=DEMO))
+            runs.append(prepare(bundle=bundle, output=output / HARDENED, attack=fewer, weights=hardened, purpose=DEMO))
             notes.append(f"model.pt was trained on clean images; {HARDENED}.pt goes on from it with VAFT.")
         for one, its_cases in runs:
             _go(one, its_cases)
@@ -291,151 +305,40 @@ def told() -> Iterator[None]:
     """Wrong input ends in one line and exit code 2; our own mistakes keep their traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RunError) as error:
         from medrobust.run import reason
 
         err.print(f"[bold red]error:[/] {_escape(reason(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
-def _prepare(
-    *,
-    bundle: Path,
-    output: Path,
-    attack: list[str] | None = None,
-    weights: Path | None = None,
-    split: str = "validation",
-    data_list: Path | None = None,
-    section: str = "validation",
-    image: Path | None = None,
-    label: Path | None = None,
-    override: list[str] | None = None,
-    overlay: list[Path] | None = None,
-    eps: str | None = None,
-    prompts: str | None = None,
-    stored: str | None = None,
-    seed: int = 0,
-    protocol: str = "whole",
-    label_free: bool = False,
-    saved: Path | None = None,
-    pictures: bool = True,
-    lpips: bool = False,
-    minimum_eps: list[str] | None = None,
-    below: float = 0.5,
-    most: str | None = None,
-    transfer: list[str] | None = None,
-    purpose: str = "",
-) -> tuple[Run, list[dict[str, Any]]]:
-    """Everything that can be wrong is found here, before any work is done."""
-    from medrobust.parsing import parse_attacks, parse_goal, parse_minimum, parse_overrides, sweep
+def _evaluate(words: dict[str, Any], soundness: str | None) -> Run:
+    """The run of ``attack`` and ``evaluate``, from all their options; without ``soundness`` there is no checklist."""
+    from medrobust.batch.command import bytes_of
+    from medrobust.batch.evaluating import Crew
+    from medrobust.batch.plan import check_part
+    from medrobust.preparing import prepare
 
-    named, wishes = parse_attacks(attack or [])
-    if eps is not None:
-        named = sweep(named, eps.split(","))
-        wishes = {name: wishes[old] for name in named for old in (name, name.rpartition(" ")[0]) if old in wishes}
-    searches = dict(parse_minimum(word, below=below, most=most) for word in minimum_eps or [])
-    keys = [key.strip() for key in prompts.split(",")] if prompts else []
-    forms = [form.strip() for form in stored.split(",")] if stored else []
-    protocols = _protocols(protocol)
-    overrides = parse_overrides(override)
-    if named and saved is not None:
-        raise ValueError("expected either --attack or --saved, got both")
-    if label is not None and image is None:
-        raise ValueError("expected --image with --label, got --label alone")
-    if len(searches) < len(minimum_eps or []):
-        raise ValueError("expected searches of different names, got one twice: write 'strong: pgd ...'")
-    if not (named or keys or searches or saved):
-        raise ValueError(
-            "expected at least one --attack (see `medrobust list`), --minimum-eps, --prompts or --saved, got none"
-        )
-
-    from medrobust.bundle import Bundle, read_list
-    from medrobust.evaluation import (
-        Evaluation,
-        conditions,
-        minimum_conditions,
-        prompt_conditions,
-        transfer_conditions,
+    own = {key: words.pop(key) for key in ("workers", "timeout_per_case", "memory", "num_parts", "part_id")}
+    check_part(own["num_parts"], own["part_id"])
+    crew = Crew(
+        workers=own["workers"],
+        timeout=own["timeout_per_case"] or None,
+        memory=bytes_of(own["memory"]),
+        number=own["num_parts"],
+        part=own["part_id"],
     )
-    from medrobust.run import Run, saved_conditions
-
-    opened = Bundle(root=bundle, overrides=overrides, weights=weights, overlays=overlay or [])
-    if image is not None:
-        cases: list[dict[str, Any]] = [{"image": str(image), **({"label": str(label)} if label else {})}]
-        label_free = label_free or label is None
+    if (crew.timeout or crew.memory) and not crew.workers:
+        raise ValueError("expected --workers with --timeout-per-case and --memory: only another process can be ended")
+    make = partial(prepare, **words)
+    run, cases = make()
+    check = _plan(run, cases, soundness if crew.part == 0 else "off") if soundness else lambda: None
+    if crew.alone:
+        _go(run, cases)
     else:
-        cases = opened.cases(split) if data_list is None else read_list(data_list, section)
-    if not cases:
-        raise ValueError("expected at least one case, got an empty list")
-    others = _surrogates(transfer or [], opened)
-    evaluation = Evaluation(
-        network=opened.network,
-        inferer=opened.inferer,
-        class_names=opened.class_names,
-        channels=opened.channels,
-        seed=seed,
-        label_free=label_free,
-        lpips=lpips,
-        model=opened.model,
-        device=opened.device,
-        surrogates={name: surrogate for name, (surrogate, _) in others.items()},
-    )
-    goals = {name: parse_goal(wish, opened.class_names) for name, wish in wishes.items()}
-    found = (
-        saved_conditions(saved)
-        if saved
-        else conditions(named, protocols, forms, goals=goals, class_names=opened.class_names)
-    )
-    run = Run(
-        folder=output,
-        evaluation=evaluation,
-        conditions=[
-            *found,
-            *transfer_conditions(named, {name: weights for name, (_, weights) in others.items()}),
-            *minimum_conditions(searches),
-            *prompt_conditions(keys),
-        ],
-        preprocessing=opened.preprocessing,
-        pictures=pictures,
-        saved=saved,
-        arguments=opened.arguments,
-        settings={
-            "bundle": bundle.resolve().name,
-            "overlays": [path.name for path in overlay or []],
-            "overrides": overrides,
-            "purpose": purpose,
-        },
-    )
-    return run, cases
-
-
-def _surrogates(words: Sequence[str], target: Bundle) -> dict[str, tuple[Surrogate, str]]:
-    """Other networks from ``NAME=BUNDLE`` or ``NAME=WEIGHTS``, which are weights for the target's own network."""
-    from dataclasses import replace
-
-    from medrobust.bundle import Bundle
-    from medrobust.evaluation import Surrogate
-
-    found = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        path = Path(text)
-        if not (name and equals and text) or name in found:
-            raise ValueError(f"expected --transfer NAME=BUNDLE or NAME=WEIGHTS, each name once, got {word!r}")
-        if not path.exists():
-            raise FileNotFoundError(f"expected a bundle or weights in {path}, got nothing")
-        other = Bundle(root=path, overrides={}) if path.is_dir() else replace(target, weights=path)
-        found[name] = Surrogate(network=other.network, inferer=other.inferer), other.model
-    return found
-
-
-def _protocols(word: str) -> list[str]:
-    from medrobust.evaluation import PROMPTS, TILES, WHOLE
-
-    known = {"whole": [WHOLE], "tiles": [TILES], "both": [WHOLE, TILES], "prompts": [WHOLE, PROMPTS]}
-    if word not in known:
-        raise ValueError(f"expected --protocol whole, tiles, both or prompts, got {word!r}")
-    return known[word]
+        _share(make, run, cases, crew)
+    check()
+    return run
 
 
 def _plan(run: Run, cases: Sequence[Mapping[str, Any]], soundness: str) -> Callable[[], None]:
@@ -478,6 +381,29 @@ def _go(run: Run, cases: Sequence[Mapping[str, Any]]) -> None:
                 out.print(f"{case}: {what}", highlight=False, markup=False)
 
         run.evaluate(cases, progress)
+    _tell_failures(run)
+
+
+def _share(make: Callable[[], Any], run: Run, cases: Sequence[Mapping[str, Any]], crew: Crew) -> None:
+    """Evaluate on workers, or one share of the cases, with a bar that counts cases."""
+    from medrobust.batch.evaluating import evaluate
+
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
+    columns.append(TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def log(event: str, *, level: str = "info", advance: bool = False, **content: Any) -> None:
+            words = f"{content.get('case', '')}: {content.get('stage', event) if event == 'stage' else event}"
+            bar.update(task, description=words, advance=1 if advance else 0)
+            if level == "warning" or not out.is_terminal:
+                out.print(f"{words} {content.get('reason', '')}".rstrip(), highlight=False, markup=False)
+
+        evaluate(make, run, cases, crew, log, expect=lambda count: bar.update(task, total=count))
+    _tell_failures(run)
+
+
+def _tell_failures(run: Run) -> None:
     for case, why in run.failures.items():
         err.print(f"[yellow]case {_escape(case)} failed:[/] {_escape(why)}", highlight=False, soft_wrap=True)
 
@@ -489,7 +415,7 @@ def _report(paths: Sequence[Path], target: Path, notes: Sequence[str]) -> None:
     from medrobust.atomic import write_text
     from medrobust.records import read_csv
     from medrobust.report import Picture, caption, html, markdown
-    from medrobust.run import read_failures
+    from medrobust.run_tables import read_failures
 
     failures = [item for path in paths for item in read_failures(path.parent).items()]
     from medrobust.findings import FILE, Checked, read

@@ -13,15 +13,13 @@ report.html     everything above, in one file;  report.md  its summary
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from monai.data import MetaTensor
@@ -33,6 +31,17 @@ from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorde
 from medrobust.io import load_volume, save_volume, stem, unused
 from medrobust.prompting import Inputs
 from medrobust.records import Record, append, read_csv
+from medrobust.run_tables import (
+    MANIFEST,
+    Prompt,
+    Saved,
+    manifest,
+    read_prompts,
+    volume_name,
+    write_failures,
+    write_manifest,
+    write_prompts,
+)
 
 Progress = Callable[[str, str], None]
 """Called with a case and what is being done to it."""
@@ -71,19 +80,29 @@ class Run:
     def records_path(self) -> Path:
         return self.folder / "records.csv"
 
-    def evaluate(self, cases: Sequence[Mapping[str, Any]], progress: Progress = lambda case, what: None) -> None:
+    def evaluate(
+        self,
+        cases: Sequence[Mapping[str, Any]],
+        progress: Progress = lambda case, what: None,
+        *,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Evaluate every case; a case that fails is noted with its reason and costs nothing but itself.
 
         Conditions whose records are already in the folder are skipped: a run continues where it stopped.
 
+        Args:
+            cases: paths of each.
+            names: what records call them; ``None``: see :func:`case_names`.
+
         Raises:
             ValueError: the folder holds a run of other settings, cases or attacks by the same names.
         """
-        names = case_names(cases)
-        self._check_settings(dict(zip(names, cases, strict=True)))
-        done = self._done()
+        names = case_names(cases) if names is None else names
+        self.check_settings(dict(zip(names, cases, strict=True)))
+        done = self.done()
         for name, paths in zip(names, cases, strict=True):
-            missing = [condition for condition in self.conditions if self._key(name, condition) not in done]
+            missing = self.missing(name, done)
             if not missing:
                 progress(name, "already there")
                 continue
@@ -93,10 +112,18 @@ class Run:
             except Exception as error:  # whatever a file or a network does, the other cases go on
                 self.failures[name] = reason(error, [str(paths[key]) for key in FILES if key in paths])
                 progress(name, f"failed: {self.failures[name]}")
-            self._write_failures()
+            write_failures(self.folder, self.failures)
 
-    def _check_settings(self, cases: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write ``run.json``, or see that this run continues the one that is there."""
+    def missing(self, name: str, done: set[tuple[str, str, str]]) -> list[Condition]:
+        """The conditions without records of a case, where ``done`` is :meth:`done`."""
+        return [condition for condition in self.conditions if self._key(name, condition) not in done]
+
+    def check_settings(self, cases: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write ``run.json``, or see that this run continues the one that is there.
+
+        Raises:
+            ValueError: it does not.
+        """
         path = self.folder / "run.json"
         shared = {**self.settings, "model": self.evaluation.model, "seed": self.evaluation.seed}
         shared |= {"label_free": self.evaluation.label_free, "lpips": self.evaluation.lpips}
@@ -116,7 +143,8 @@ class Run:
             if before and not condition.match and not self.saved and before != now:
                 hint = f"name it, as in 'mine: {condition.name.lower()} ...', or {other}"
                 raise ValueError(f"expected {condition.name} as in {self.folder}, got other settings: {hint}")
-        write_text(path, json.dumps({"shared": shared, "cases": {**found["cases"], **hashes}}, indent=2) + "\n")
+        known = dict(sorted({**found["cases"], **hashes}.items()))
+        write_text(path, json.dumps({"shared": shared, "cases": known}, indent=2) + "\n")
 
     def _case(
         self,
@@ -184,14 +212,14 @@ class Run:
         Raises:
             ValueError: it is another one.
         """
-        path = self.folder / "prompts.csv"
-        row = (name, str(data.get("prompt_key", "")), str(data["prompt"]))
+        row = Prompt(name, str(data.get("prompt_key", "")), str(data["prompt"]))
         known = {prompt.case: prompt for prompt in read_prompts(self.folder)}
-        if known.setdefault(name, Prompt(*row)) != row:
+        if known.setdefault(name, row) != row:
             raise ValueError(
-                f"expected the prompt {known[name].text!r} as in {self.folder}, got {row[2]!r}: choose another --output"
+                f"expected the prompt {known[name].text!r} as in {self.folder}, got {row.text!r}: "
+                "choose another --output"
             )
-        write_text(path, _csv([Prompt._fields, *known.values()]))
+        write_prompts(self.folder, known.values())
 
     def _keep(self, name: str, result: Result, affine: Any, meta: Mapping[str, Any]) -> None:
         target = self.folder / "volumes"
@@ -213,7 +241,7 @@ class Run:
             sha256=_sha256(path),
         )
         rows = [other for other in manifest(target) if other.file != row.file] if (target / MANIFEST).is_file() else []
-        write_text(target / MANIFEST, _csv([Saved._fields, *rows, row]))
+        write_manifest(target, [*rows, row])
 
     def _picture(self, name: str, result: Result, spacing: Sequence[float]) -> None:
         from medrobust.pictures import panel
@@ -257,39 +285,16 @@ class Run:
     def _key(self, case: str, condition: Condition) -> tuple[str, str, str]:
         return case, condition.name, condition.protocol
 
-    def _done(self) -> set[tuple[str, str, str]]:
+    def done(self) -> set[tuple[str, str, str]]:
+        """Case, condition and protocol of all records in the folder."""
         return {(record.case, record.condition, record.protocol) for record in self._records()}
 
     def _matched(self, name: str) -> bool:
         return any(condition.match for condition in self.conditions if condition.name == name)
 
-    def _write_failures(self) -> None:
-        path = self.folder / "failures.csv"
-        if self.failures:
-            write_text(path, _csv([["case", "reason"], *([case, why] for case, why in self.failures.items())]))
-        elif path.is_file():
-            path.unlink()
-
 
 FILES = ("image", "label")
 """What of a case is a path."""
-
-
-class Prompt(NamedTuple):
-    """A row of ``prompts.csv``: which text a case had, and the key it was under."""
-
-    case: str
-    key: str
-    text: str
-
-
-def read_prompts(folder: Path) -> list[Prompt]:
-    """The prompts of a run; none where its network reads no text."""
-    path = folder / "prompts.csv"
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        return [Prompt(*row) for row in list(csv.reader(stream))[1:]]
 
 
 def case_names(cases: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -298,55 +303,10 @@ def case_names(cases: Iterable[Mapping[str, Any]]) -> list[str]:
     return [unused(str(case.get("case") or stem(str(case["image"]))), used) for case in cases]
 
 
-def volume_name(case: str, condition: Condition) -> str:
-    """File name of an adversarial volume: ``ct_b__PGD__whole-volume__adv.nii.gz``."""
-    return f"{case}__{slug(condition)}__adv.nii.gz"
-
-
-MANIFEST = "manifest.csv"
-
-
-class Saved(NamedTuple):
-    """A row of the manifest: an adversarial volume and what made it."""
-
-    file: str
-    case: str
-    condition: str
-    protocol: str
-    attack: str
-    seed: str
-    sha256: str
-
-
-def manifest(folder: Path) -> list[Saved]:
-    """What a run's ``volumes`` folder holds.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no manifest, or it is none.
-    """
-    table = folder / MANIFEST
-    if not table.is_file():
-        raise FileNotFoundError(f"expected {MANIFEST} of an earlier run in {folder}, got none")
-    with table.open(encoding="utf-8", newline="") as stream:
-        header, *rows = csv.reader(stream)
-    if tuple(header) != Saved._fields or any(len(row) != len(header) for row in rows):
-        raise ValueError(f"expected the columns {', '.join(Saved._fields)} in {table}, got {', '.join(header)}")
-    return [Saved(*row) for row in rows]
-
-
 def saved_conditions(folder: Path) -> list[Condition]:
     """The conditions that a run's ``volumes`` folder holds, clean first, in the order they were made."""
     found = {(row.condition, row.protocol): Recorded(text=f"saved {row.attack}") for row in manifest(folder)}
     return [CLEAN_CONDITION, *(Condition(name=n, protocol=p, attack=attack) for (n, p), attack in found.items())]
-
-
-def read_failures(folder: Path) -> dict[str, str]:
-    """The failed cases of a run and why."""
-    path = folder / "failures.csv"
-    if not path.is_file():
-        return {}
-    with path.open(encoding="utf-8", newline="") as stream:
-        return {row["case"]: row["reason"] for row in csv.DictReader(stream)}
 
 
 def reason(error: BaseException, paths: Iterable[str] = ()) -> str:
@@ -373,9 +333,3 @@ def _sha256(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _csv(rows: Iterable[Sequence[str]]) -> str:
-    text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()

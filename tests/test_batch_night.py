@@ -369,7 +369,7 @@ def test_two_runs_on_one_output_never_do_a_case_twice(bundle: Path, tmp_path: Pa
             return result
 
         with Log(None, quiet=True) as log:
-            night = Night(segmenter=segmenter, runner=Here(work=work), log=log, pause=0.05)
+            night = Night(work=segmenter, runner=Here(work=work), log=log, pause=0.05)
             night.run(order(cases))
             assert set(night.results) == {task.key for task in cases}
 
@@ -421,7 +421,7 @@ def test_a_lost_worker_costs_what_it_had_not_finished(
     task = Task(key=case_key(b"x" * 32, found.relative), path=found.path)
     runner = Lost(segmenter, CaseError(code, "lost", kind="failed"), after)
     with Log(None, quiet=True) as log:
-        night = Night(segmenter=segmenter, runner=runner, log=log)
+        night = Night(work=segmenter, runner=runner, log=log)
         assert night.run([task]) == (0 if expected == "done" else 3)
     assert runner.calls == calls
     (record,) = store.records()

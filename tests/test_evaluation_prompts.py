@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from medrobust.cli import app
 from medrobust.data.tokenizer import encode
 from medrobust.records import read_csv
-from medrobust.run import read_prompts
+from medrobust.run_tables import read_prompts
 
 LIVER = encode("liver")[1]
 GREY = 140

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -140,7 +138,7 @@ def _run(
 
     if on_error not in ("skip", "stop"):
         raise RunError(Exit.USAGE, f"expected --on-error skip or stop, got {on_error!r}")
-    limit = _bytes(memory)
+    limit = bytes_of(memory)
     plan.check_part(num_parts, part_id)
     policy, attacks, recipe = _settings(
         geometry, nonfinite, attack, seed, bundle, trust_bundle, weights, device, override
@@ -245,7 +243,7 @@ def _night(
     from medrobust.batch import naming
     from medrobust.batch.night import Night
     from medrobust.batch.segment import Segmenter, Task
-    from medrobust.batch.workers import Here, Pool, Runner
+    from medrobust.batch.workers import Here, Pool, Runner, cores
 
     segmenter = Segmenter(
         store=store,
@@ -254,7 +252,7 @@ def _night(
         policy=policy,
         attacks=attacks,
         details=beside / naming.DETAILS,
-        threads=max(1, _cores() // workers) if workers else 0,
+        threads=max(1, cores() // workers) if workers else 0,
     )
     tasks = []
     for key, relative in names.items():
@@ -281,7 +279,7 @@ def _night(
             preload=PRELOAD,
         )
     try:
-        return Night(segmenter=segmenter, runner=runner, log=log, on_error=on_error, max_failures=max_failures).run(
+        return Night(work=segmenter, runner=runner, log=log, on_error=on_error, max_failures=max_failures).run(
             tasks
         )
     finally:
@@ -399,7 +397,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _bytes(text: str) -> int | None:
+def bytes_of(text: str) -> int | None:
+    """Bytes from words such as ``6G``; ``None`` from nothing."""
     from medrobust.batch.faults import Exit, RunError
 
     if not text:
@@ -408,10 +407,6 @@ def _bytes(text: str) -> int | None:
     if not match:
         raise RunError(Exit.USAGE, f"expected --memory such as 800M or 6G, got {text!r}")
     return int(float(match[1]) * (1 << (20 if match[2].upper() == "M" else 30)))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _now() -> str:

@@ -5,31 +5,41 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from medrobust.batch.commit import Store
 from medrobust.batch.faults import TRANSIENT, CaseError, Exit
-from medrobust.batch.locks import BusyError
-from medrobust.batch.logs import Log
-from medrobust.batch.segment import Segmenter, Task
 from medrobust.batch.workers import Event, Runner
 
 OUTPUT_TROUBLE = ("disk-full", "no-access")
 
 
+class Work(Protocol):
+    """What is done to each case, and how one is recorded whose worker was lost."""
+
+    def lost(self, task: Any, fault: CaseError, about: dict[str, Any]) -> dict[str, Any]:
+        """The record of a case whose worker is gone; its status is ``"busy"`` if another run has taken it since."""
+
+
+class Log(Protocol):
+    """Where it is told."""
+
+    def __call__(self, event: str, *, level: str = "info", advance: bool = False, **content: Any) -> None:
+        """One event; ``advance`` when a case has come to its end."""
+
+
 @dataclass(kw_only=True)
 class Night:
-    """One run over its cases.
+    """One run over its cases: dataclasses with a ``key``, the ``attempt`` (from 0), and whether it is the ``last``.
 
     Args:
-        segmenter: whose way of recording failures is used for cases whose worker was lost, too.
+        work: how a case is recorded whose worker was lost; the runner does the rest of it.
         on_error: ``"skip"`` a failed case, or ``"stop"`` at the first.
         max_failures: stop when more cases than that have failed; ``None``: never.
         pause: seconds between two looks at cases that another run has.
     """
 
-    segmenter: Segmenter
+    work: Work
     runner: Runner
     log: Log
     on_error: str = "skip"
@@ -38,13 +48,9 @@ class Night:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: bool = False
 
-    @property
-    def store(self) -> Store:
-        return self.segmenter.store
-
-    def run(self, tasks: Sequence[Task]) -> Exit:
+    def run(self, tasks: Sequence[Any]) -> Exit:
         """Do the tasks; returns what the exit code is."""
-        waiting, elsewhere = deque(tasks), deque[Task]()
+        waiting, elsewhere = deque(tasks), deque[Any]()
         while (waiting or elsewhere) and not self.stopped:
             if not waiting:
                 time.sleep(self.pause)
@@ -63,8 +69,8 @@ class Night:
             return Exit.OUTPUT
         return Exit.SOME_FAILED if failed or self.stopped else Exit.DONE
 
-    def _take(self, event: Event, waiting: deque[Task], elsewhere: deque[Task]) -> None:
-        task: Task = event.task
+    def _take(self, event: Event, waiting: deque[Any], elsewhere: deque[Any]) -> None:
+        task = event.task
         if event.lost is not None:
             result = self._lost(task, event.lost, event.stage, event.seconds)
         elif event.result is None:
@@ -79,7 +85,7 @@ class Night:
         if status == "again":
             told = {name: result[name] for name in ("stage", "code", "reason")}
             self.log("again", level="warning", case=task.key, **told)
-            waiting.append(_again(task))
+            waiting.append(replace(task, attempt=task.attempt + 1, last=True))
             return
         self.results[task.key] = result
         level = "error" if status in ("failed", "rejected") else "info"
@@ -95,22 +101,9 @@ class Night:
         self.log("stopped", level="error", failures=failures)
         return True
 
-    def _lost(self, task: Task, fault: CaseError, stage: str, seconds: float) -> dict[str, Any]:
-        """A worker was lost with this case; nobody holds its lock any more, unless another run has taken it."""
+    def _lost(self, task: Any, fault: CaseError, stage: str, seconds: float) -> dict[str, Any]:
+        """A worker was lost with this case."""
         about = {"stage": stage, "attempts": task.attempt + 1, "measured": {"seconds": round(seconds, 3)}}
         if fault.code in TRANSIENT and not task.last:
             return {"case": task.key, "status": "again", "code": fault.code, "reason": fault.message, **about}
-        try:
-            with self.store.lock(task.key, wait=5.0):
-                made = self.segmenter.made_of(task)
-                done = self.store.done(task.key, made) if made else None
-                if done and done["attempt"] not in task.seen:  # lost between committing and saying so
-                    self.store.forgive(task.key)
-                    return done
-                return self.segmenter.refuse(task.key, made, fault, about)
-        except BusyError:
-            return {"case": task.key, "status": "busy"}
-
-
-def _again(task: Task) -> Task:
-    return Task(**{**vars(task), "attempt": task.attempt + 1, "last": True})
+        return self.work.lost(task, fault, about)

@@ -128,6 +128,19 @@ class Segmenter:
                 "unrecorded": True
             }
 
+    def lost(self, task: Task, fault: CaseError, about: dict[str, Any]) -> dict[str, Any]:
+        """A worker was lost with this case; nobody holds its lock any more, unless another run has taken it."""
+        try:
+            with self.store.lock(task.key, wait=5.0):
+                made = self.made_of(task)
+                done = self.store.done(task.key, made) if made else None
+                if done and done["attempt"] not in task.seen:  # lost between committing and saying so
+                    self.store.forgive(task.key)
+                    return done
+                return self.refuse(task.key, made, fault, about)
+        except BusyError:
+            return {"case": task.key, "status": "busy"}
+
     def _do(self, task: Task, clock: _Clock, made: list[Made]) -> dict[str, Any]:
         clock("check")
         before = self._settled(task)

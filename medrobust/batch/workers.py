@@ -12,6 +12,7 @@ import faulthandler
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -42,6 +43,11 @@ class Event:
     result: Any = None
     lost: CaseError | None = None
     seconds: float = 0.0
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class Runner(Protocol):

@@ -1,0 +1,153 @@
+"""From the words of a command line to a run and its cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from medrobust.bundle import Bundle, read_list
+from medrobust.evaluation import (
+    PROMPTS,
+    TILES,
+    WHOLE,
+    Evaluation,
+    Surrogate,
+    conditions,
+    minimum_conditions,
+    prompt_conditions,
+    transfer_conditions,
+)
+from medrobust.parsing import parse_attacks, parse_goal, parse_minimum, parse_overrides, sweep
+from medrobust.run import Run, saved_conditions
+
+
+def prepare(
+    *,
+    bundle: Path,
+    output: Path,
+    attack: list[str] | None = None,
+    weights: Path | None = None,
+    split: str = "validation",
+    data_list: Path | None = None,
+    section: str = "validation",
+    image: Path | None = None,
+    label: Path | None = None,
+    override: list[str] | None = None,
+    overlay: list[Path] | None = None,
+    eps: str | None = None,
+    prompts: str | None = None,
+    stored: str | None = None,
+    seed: int = 0,
+    protocol: str = "whole",
+    label_free: bool = False,
+    saved: Path | None = None,
+    pictures: bool = True,
+    lpips: bool = False,
+    minimum_eps: list[str] | None = None,
+    below: float = 0.5,
+    most: str | None = None,
+    transfer: list[str] | None = None,
+    purpose: str = "",
+) -> tuple[Run, list[dict[str, Any]]]:
+    """The run that a command line asks for, and all of its cases; the arguments are those of ``medrobust evaluate``.
+
+    Everything that can be wrong is found here, before any work is done.
+
+    Args:
+        purpose: what the run is for, where it is no evaluation that a user asked for.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: words that do not fit together, a bundle that cannot be opened.
+    """
+    named, wishes = parse_attacks(attack or [])
+    if eps is not None:
+        named = sweep(named, eps.split(","))
+        wishes = {name: wishes[old] for name in named for old in (name, name.rpartition(" ")[0]) if old in wishes}
+    searches = dict(parse_minimum(word, below=below, most=most) for word in minimum_eps or [])
+    keys = [key.strip() for key in prompts.split(",")] if prompts else []
+    forms = [form.strip() for form in stored.split(",")] if stored else []
+    protocols = _protocols(protocol)
+    overrides = parse_overrides(override)
+    if named and saved is not None:
+        raise ValueError("expected either --attack or --saved, got both")
+    if label is not None and image is None:
+        raise ValueError("expected --image with --label, got --label alone")
+    if len(searches) < len(minimum_eps or []):
+        raise ValueError("expected searches of different names, got one twice: write 'strong: pgd ...'")
+    if not (named or keys or searches or saved):
+        raise ValueError(
+            "expected at least one --attack (see `medrobust list`), --minimum-eps, --prompts or --saved, got none"
+        )
+
+    opened = Bundle(root=bundle, overrides=overrides, weights=weights, overlays=overlay or [])
+    if image is not None:
+        cases: list[dict[str, Any]] = [{"image": str(image), **({"label": str(label)} if label else {})}]
+        label_free = label_free or label is None
+    else:
+        cases = opened.cases(split) if data_list is None else read_list(data_list, section)
+    if not cases:
+        raise ValueError("expected at least one case, got an empty list")
+    others = _surrogates(transfer or [], opened)
+    evaluation = Evaluation(
+        network=opened.network,
+        inferer=opened.inferer,
+        class_names=opened.class_names,
+        channels=opened.channels,
+        seed=seed,
+        label_free=label_free,
+        lpips=lpips,
+        model=opened.model,
+        device=opened.device,
+        surrogates={name: surrogate for name, (surrogate, _) in others.items()},
+    )
+    goals = {name: parse_goal(wish, opened.class_names) for name, wish in wishes.items()}
+    found = (
+        saved_conditions(saved)
+        if saved
+        else conditions(named, protocols, forms, goals=goals, class_names=opened.class_names)
+    )
+    run = Run(
+        folder=output,
+        evaluation=evaluation,
+        conditions=[
+            *found,
+            *transfer_conditions(named, {name: weights for name, (_, weights) in others.items()}),
+            *minimum_conditions(searches),
+            *prompt_conditions(keys),
+        ],
+        preprocessing=opened.preprocessing,
+        pictures=pictures,
+        saved=saved,
+        arguments=opened.arguments,
+        settings={
+            "bundle": bundle.resolve().name,
+            "overlays": [path.name for path in overlay or []],
+            "overrides": overrides,
+            "purpose": purpose,
+        },
+    )
+    return run, cases
+
+
+def _surrogates(words: Sequence[str], target: Bundle) -> dict[str, tuple[Surrogate, str]]:
+    """Other networks from ``NAME=BUNDLE`` or ``NAME=WEIGHTS``, which are weights for the target's own network."""
+    found = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        path = Path(text)
+        if not (name and equals and text) or name in found:
+            raise ValueError(f"expected --transfer NAME=BUNDLE or NAME=WEIGHTS, each name once, got {word!r}")
+        if not path.exists():
+            raise FileNotFoundError(f"expected a bundle or weights in {path}, got nothing")
+        other = Bundle(root=path, overrides={}) if path.is_dir() else replace(target, weights=path)
+        found[name] = Surrogate(network=other.network, inferer=other.inferer), other.model
+    return found
+
+
+def _protocols(word: str) -> list[str]:
+    known = {"whole": [WHOLE], "tiles": [TILES], "both": [WHOLE, TILES], "prompts": [WHOLE, PROMPTS]}
+    if word not in known:
+        raise ValueError(f"expected --protocol whole, tiles, both or prompts, got {word!r}")
+    return known[word]
