@@ -227,7 +227,9 @@ class Run:
             note = "medrobust clean twin of adversarial volumes"
             save_volume(result.image, target / f"{name}__image.nii.gz", affine=affine, meta=meta, description=note)
             path = target / f"{name}__label.nii.gz"
-            save_volume(result.label, path, affine=affine, meta=meta, description=note, dtype=np.uint8)
+            ignored = bool((result.label < 0).any())
+            dtype = np.int16 if ignored else np.uint8
+            save_volume(result.label, path, affine=affine, meta=meta, description=note, dtype=dtype)
             return
         path = target / volume_name(name, result.condition)
         save_volume(result.image_adv, path, affine=affine, meta=meta)

@@ -77,6 +77,27 @@ def test_evaluate(bundle: Path, tmp_path: Path) -> None:
     assert not (out / "failures.csv").exists()
 
 
+def test_voxels_labelled_minus_one_have_no_say(bundle: Path, tmp_path: Path) -> None:
+    path = bundle / "data" / "case0_label.nii.gz"
+    label = np.asarray(nib.load(path).dataobj).astype(np.int16)
+    label[:3] = -1
+    small_bundle.write_scan(path, label)
+    call("evaluate", "-b", bundle, "-o", tmp_path / "run", "-a", "sea eps=8/255 budget=fast", "--soundness", "off")
+    records = read_csv(tmp_path / "run" / "records.csv")
+    image = (nib.load(bundle / "data" / "case0.nii.gz").get_fdata()[3:] + 1000) / 2000
+    pred, true = image > 0.5, label[3:] == 1
+    expected = 2 * (pred & true).sum() / (pred.sum() + true.sum())
+    shared = {"case": "case0", "metric": "dice", "class_name": "organ"}
+    assert values(records, **shared, condition="clean") == pytest.approx([expected], abs=1e-3)
+    worst = VoxelLinear.worst(torch.tensor(image), torch.tensor(label[3:]), EPS)
+    pred = (worst > 0.5).numpy()
+    expected = 2 * (pred & true).sum() / (pred.sum() + true.sum())
+    lowest = min(value for r in records if r.condition != "clean" for value in values([r], **shared))
+    assert lowest == pytest.approx(expected, abs=1e-3)
+    saved = nib.load(tmp_path / "run" / "volumes" / "case0__label.nii.gz")
+    assert sorted(np.unique(np.asarray(saved.dataobj))) == [-1, 0, 1]
+
+
 def test_saved_volumes_keep_geometry_and_give_the_same_dice(bundle: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     call("attack", "-b", bundle, "-o", first, "-a", ATTACK)

@@ -93,6 +93,24 @@ def test_what_is_no_class_map_is_refused(name: str) -> None:
         call(name, a - 1, b)
 
 
+@pytest.mark.parametrize("name", ["dice", "iou", "volume_error", "missed_rate", "hd95", "nsd"])
+def test_voxels_labelled_minus_one_have_no_say(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randint(0, 3, (2, 2, 1, 7, 9), generator=generator)
+    ignored = torch.rand(b.shape, generator=generator) < 0.3
+    found = metrics.load(name)(a, b.masked_fill(ignored, -1), 3)
+    if name in ("hd95", "nsd", "missed_rate"):  # what looks at neighbours sees background there
+        expected = metrics.load(name)(a.masked_fill(ignored, 0), b.masked_fill(ignored, 0), 3)
+        torch.testing.assert_close(found[:, 1:], expected[:, 1:])
+    else:
+        for case in range(2):
+            left = ~ignored[case]
+            expected = metrics.load(name)(a[case][left].view(1, 1, 1, -1), b[case][left].view(1, 1, 1, -1), 3)
+            torch.testing.assert_close(found[case], expected[0])
+    with pytest.raises(ValueError, match=r"and -1 for voxels without a say in reference, got -2"):
+        metrics.load(name)(a, b - 2, 3)
+
+
 def test_a_class_beyond_num_classes_is_refused() -> None:
     a, b = pair("dice", (6, 5))
     with pytest.raises(ValueError, match=r"from 0 to 2 in prediction, got 0 to 3; correct num_classes"):
