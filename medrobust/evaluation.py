@@ -69,6 +69,7 @@ class Condition:
         ensemble: what the members of one ensemble share; a case that one of them broke is not given to the others.
         goal: what a targeted attack wants to see.
         wish: the same in words.
+        asked: the same as it was typed, for whoever reads the adversarial volumes later.
         minimum: search for the smallest eps of the attack that breaks the case, instead of attacking with its own.
         surrogate: name of the other network that the attack is made on.
         made_on: that name with the network's weights, for the records.
@@ -83,6 +84,7 @@ class Condition:
     ensemble: str = ""
     goal: Goal | None = None
     wish: str = ""
+    asked: str = ""
     minimum: MinimumEps | None = None
     surrogate: str = ""
     made_on: str = ""
@@ -90,7 +92,8 @@ class Condition:
     @property
     def text(self) -> str:
         """What records call the attack."""
-        toward = f" toward {self.wish!r}: {self.goal!r}" if self.goal else ""
+        told = isinstance(self.attack, Recorded)
+        toward = f" toward {self.wish!r}: {self.goal!r}" if self.goal and not told else ""
         on = f" made on {self.made_on}" if self.made_on else ""
         stored = f" stored as {self.stored[1]}" if self.stored else ""
         return f"{self.minimum or self.attack or ''!r}{on}{toward}{stored}"
@@ -105,6 +108,7 @@ def conditions(
     stored: Sequence[str] = (),
     *,
     goals: Mapping[str, Goal] | None = None,
+    asked: Mapping[str, str] | None = None,
     class_names: Sequence[str] = (),
 ) -> list[Condition]:
     """The clean condition, then every attack under every protocol, each beside its controls.
@@ -117,6 +121,7 @@ def conditions(
 
     Args:
         goals: what targeted attacks want to see, by the attack's name.
+        asked: the same as typed.
         class_names: background first, to say goals in words.
 
     Raises:
@@ -133,7 +138,9 @@ def conditions(
             )
         if goal is not None and not attack.targeted:
             raise ValueError(f"expected a targeted attack for the goal {goal!r}, got {attack!r}")
-        aim: dict[str, Any] = {"goal": goal, "wish": goal.describe(class_names)} if goal else {}
+        aim: dict[str, Any] = {}
+        if goal is not None:
+            aim = {"goal": goal, "wish": goal.describe(class_names), "asked": (asked or {}).get(name, "")}
         norm: Any = getattr(attack, "norm", "")
         eps = getattr(attack, "eps", 0.0)
         noise = RandomNoise(norm=norm, eps=eps) if norm else None

@@ -104,9 +104,9 @@ def prepare(
     )
     goals = {name: parse_goal(wish, opened.class_names) for name, wish in wishes.items()}
     found = (
-        saved_conditions(saved)
+        saved_conditions(saved, opened.class_names)
         if saved
-        else conditions(named, protocols, forms, goals=goals, class_names=opened.class_names)
+        else conditions(named, protocols, forms, goals=goals, asked=wishes, class_names=opened.class_names)
     )
     run = Run(
         folder=output,

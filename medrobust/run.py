@@ -29,6 +29,7 @@ from torch import Tensor
 from medrobust.atomic import replacing, write_text
 from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result, is_broken, slug
 from medrobust.io import load_volume, save_volume, stem, unused
+from medrobust.parsing import parse_goal
 from medrobust.prompting import Inputs
 from medrobust.records import Record, append, read_csv
 from medrobust.run_tables import (
@@ -241,6 +242,7 @@ class Run:
             attack=repr(result.attack),
             seed=str(self.evaluation.seed),
             sha256=_sha256(path),
+            goal=result.condition.asked,
         )
         rows = [other for other in manifest(target) if other.file != row.file] if (target / MANIFEST).is_file() else []
         write_manifest(target, [*rows, row])
@@ -305,10 +307,21 @@ def case_names(cases: Iterable[Mapping[str, Any]]) -> list[str]:
     return [unused(str(case.get("case") or stem(str(case["image"]))), used) for case in cases]
 
 
-def saved_conditions(folder: Path) -> list[Condition]:
-    """The conditions that a run's ``volumes`` folder holds, clean first, in the order they were made."""
-    found = {(row.condition, row.protocol): Recorded(text=f"saved {row.attack}") for row in manifest(folder)}
-    return [CLEAN_CONDITION, *(Condition(name=n, protocol=p, attack=attack) for (n, p), attack in found.items())]
+def saved_conditions(folder: Path, class_names: Sequence[str]) -> list[Condition]:
+    """The conditions that a run's ``volumes`` folder holds, clean first, in the order they were made.
+
+    Args:
+        class_names: background first, to read goals.
+    """
+    found = {}
+    for row in manifest(folder):
+        goal = parse_goal(row.goal, class_names) if row.goal else None
+        attack = Recorded(text=f"saved {row.attack}")
+        wish = goal.describe(class_names) if goal else ""
+        found[row.condition, row.protocol] = Condition(
+            name=row.condition, protocol=row.protocol, attack=attack, goal=goal, wish=wish, asked=row.goal
+        )
+    return [CLEAN_CONDITION, *found.values()]
 
 
 def reason(error: BaseException, paths: Iterable[str] = ()) -> str:

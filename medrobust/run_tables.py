@@ -43,7 +43,7 @@ MANIFEST = "manifest.csv"
 
 
 class Saved(NamedTuple):
-    """A row of the manifest: an adversarial volume and what made it."""
+    """A row of the manifest: an adversarial volume and what made it, toward which goal (as typed; empty: none)."""
 
     file: str
     case: str
@@ -52,6 +52,7 @@ class Saved(NamedTuple):
     attack: str
     seed: str
     sha256: str
+    goal: str = ""
 
 
 def manifest(folder: Path) -> list[Saved]:

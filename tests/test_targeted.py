@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import nibabel as nib
@@ -123,6 +124,15 @@ def test_a_run_with_a_goal(tmp_path: Path) -> None:
     assert len(read_csv(out / "records.csv")) == len(records)
     call("report", out)
     assert (out / "report.html").read_bytes() == before
+    again = tmp_path / "again"
+    call("evaluate", "-b", bundle, "-o", again, "--saved", out / "volumes")
+
+    def told(rows: Iterable[Record]) -> dict[tuple[str, ...], tuple[float, str]]:
+        ours = (r for r in rows if r.condition in ("clean", "FGSM erase organ"))
+        return {(r.case, r.condition, r.metric, r.class_name): (round(r.value, 5), r.status) for r in ours}
+
+    assert told(read_csv(again / "records.csv")) == told(records)
+    assert "erase organ, background in its place" in (again / "report.md").read_text()
 
 
 def test_the_table_leaves_impossible_cases_out_of_its_means() -> None:
