@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from medrobust.pictures import INK, POINTS, _figure, _png
+from medrobust.drawing import POINTS, figure_of, png, quiet
 from medrobust.records import Record
 
 METRICS = ("minimum_eps", "dice_at_minimum_eps")
@@ -32,7 +32,7 @@ def breaking(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def shares(searches: Sequence[dict[str, Any]]) -> bytes:
     """The share of cases that break within an eps, one step curve a search, as a PNG. All in one unit."""
-    figure = _figure(7.2, 3.6)
+    figure = figure_of(7.2, 3.6)
     axes = figure.add_subplot()
     most = max(search["most"] for search in searches)
     for number, search in enumerate(searches):
@@ -50,14 +50,8 @@ def shares(searches: Sequence[dict[str, Any]]) -> bytes:
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(0, most)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(color="#e6eaee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelcolor=INK)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"eps, {searches[0]['unit']}", color=INK)
-    axes.set_ylabel("cases broken", color=INK)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
-    return _png(figure)
+    quiet(axes, across=f"eps, {searches[0]['unit']}", up="cases broken")
+    return png(figure, legend=2)
 
 
 def _entry(condition: str, attack: str, rows: Sequence[Record]) -> dict[str, Any]:

@@ -1,27 +1,16 @@
-"""Pictures: what an attack did to one case, and Dice by organ. PNG bytes out; no window, no global state."""
+"""A picture of what an attack did to one case. PNG bytes out; no window, no global state."""
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MultipleLocator
 
-# Okabe and Ito's seven first, told apart by every common kind of colour vision; then Tol's muted ones. With more than
-# seven classes in a slice neighbours are told apart by place and legend as well.
-COLOURS = (
-    *("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
-    *("#882255", "#44AA99", "#DDCC77", "#332288", "#AA4499", "#999933", "#88CCEE"),
-)
-MARKERS = "oDsv^<>Xp*"
-INK, PAPER = "#1b2733", "#ffffff"
-POINTS = (INK, *(colour for colour in COLOURS if colour != "#F0E442"))  # yellow is lost on white paper
+from medrobust.drawing import COLOURS, INK, PAPER, figure_of, png
+
 CHANGE = LinearSegmentedColormap.from_list("change", ["#0072B2", PAPER, "#D55E00"])
 
 
@@ -77,81 +66,6 @@ def panel(
     return _draw(planes, pictures or planes[:2], pixel, class_names, title, radiological)
 
 
-def dice_by_class(dice: Mapping[str, Mapping[str, float]], *, title: str = "") -> bytes:
-    """Mean Dice of each class under each condition, as a PNG; ``dice[condition][class]``, conditions in order.
-
-    One line a class, sorted by what the worst condition leaves of it; the line spans from best to worst.
-    """
-    classes = sorted(
-        {name: None for values in dice.values() for name in values},
-        key=lambda name: min(values[name] for values in dice.values() if name in values),
-    )
-    figure = _figure(7.2, 1.0 + 0.3 * len(classes) + 0.2 * ((len(dice) + 2) // 3))
-    axes = figure.add_subplot()
-    for row, name in enumerate(classes):
-        span = [values[name] for values in dice.values() if name in values]
-        axes.plot([min(span), max(span)], [row, row], color="#cfd6dd", linewidth=3, solid_capstyle="round", zorder=1)
-    for number, (condition, values) in enumerate(dice.items()):
-        rows = [row for row, name in enumerate(classes) if name in values]
-        axes.plot(
-            [values[classes[row]] for row in rows],
-            rows,
-            linestyle="none",
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=7,
-            color=POINTS[number % len(POINTS)],
-            markeredgecolor=PAPER,
-            markeredgewidth=0.8,
-            label=condition,
-        )
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_ylim(-0.6, len(classes) - 0.4)
-    axes.set_xlim(-0.02, 1.02)
-    axes.xaxis.set_major_locator(MultipleLocator(0.2))
-    axes.grid(axis="x", color="#e6eaee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelcolor=INK)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("mean Dice over cases", color=INK)
-    if title:
-        axes.set_title(title, loc="left", color=INK, fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
-    return _png(figure)
-
-
-def decline_curves(curves: Sequence[Any], clean: float) -> bytes:
-    """Mean Dice against the attacker's budget, as a PNG; ``curves`` of :func:`medrobust.decline.decline`.
-
-    All curves begin at the clean Dice. They take each case's worst within the budget, as ``Point.within`` has it;
-    controls are dashed.
-    """
-    figure = _figure(7.2, 3.8)
-    axes = figure.add_subplot()
-    for number, curve in enumerate(curves):
-        axes.plot(
-            [0, *(point.size for point in curve.points)],
-            [clean, *(point.within for point in curve.points)],
-            linestyle="--" if curve.control else "-",
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=6,
-            color=POINTS[number % len(POINTS)],
-            markeredgecolor=PAPER,
-            markeredgewidth=0.8,
-            label=curve.name,
-        )
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlim(left=0)
-    axes.yaxis.set_major_locator(MultipleLocator(0.2))
-    axes.grid(color="#e6eaee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelcolor=INK)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel(f"budget, {', '.join(dict.fromkeys(curve.unit for curve in curves))}", color=INK)
-    axes.set_ylabel("mean Dice over cases", color=INK)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
-    return _png(figure)
-
-
 def _draw(
     planes: list[np.ndarray],
     pictures: list[np.ndarray],
@@ -165,7 +79,7 @@ def _draw(
     ratio = rows * pixel[0] / (columns * pixel[1])
     shown = [k for k in range(1, len(class_names)) if any((classes == k).any() for classes in planes[2:])]
     legend_rows = -(-len(shown) // 5)
-    figure = _figure(9.6, 2 * 3.1 * min(max(ratio, 0.4), 2.0) + 1.0 + 0.25 * legend_rows)
+    figure = figure_of(9.6, 2 * 3.1 * min(max(ratio, 0.4), 2.0) + 1.0 + 0.25 * legend_rows)
     axes = figure.subplots(2, 3)
 
     change = image_adv - image
@@ -203,7 +117,7 @@ def _draw(
         )
     if title:
         figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
-    return _png(figure)
+    return png(figure)
 
 
 def _outline(axes: Axes, label: np.ndarray) -> None:
@@ -241,15 +155,3 @@ def _pixel(spacing: float | Sequence[float], dims: int) -> tuple[float, float]:
 def _plain(array: Any) -> np.ndarray:
     # Duck typed, so that drawing needs no torch: tensors on any device, MetaTensors and arrays alike.
     return np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor=PAPER)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()

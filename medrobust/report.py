@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from medrobust.breaking import breaking, shares
+from medrobust.charts import decline_curves, dice_by_class
 from medrobust.findings import Checked, warnings
 from medrobust.goal_tables import goals_table
-from medrobust.pictures import decline_curves, dice_by_class
 from medrobust.records import Record
 from medrobust.tables import HEADS, contents
 from medrobust.transfer import matrices

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import BytesIO
 
 from medrobust.records import CLEAN, Record
 
@@ -68,26 +67,26 @@ def table(records: Iterable[Record]) -> str:
 
 def curves(records: Iterable[Record]) -> bytes:
     """PNG: top-1 over eps, one panel an attack, one line a model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from medrobust.drawing import INK, MARKERS, POINTS, figure_of, png, quiet
 
     rows = summary(records)
     attacks = [name for name in dict.fromkeys(row.attack for row in rows) if name != CLEAN]
-    figure = Figure(figsize=(3.2 * max(len(attacks), 1), 3.2), layout="constrained")
+    figure = figure_of(3.2 * max(len(attacks), 1), 3.4)
     panels = figure.subplots(1, max(len(attacks), 1), sharey=True, squeeze=False)[0]
     for panel, attack in zip(panels, attacks, strict=False):
-        for model in dict.fromkeys(row.model for row in rows):
+        for number, model in enumerate(dict.fromkeys(row.model for row in rows)):
             line = [row for row in rows if row.model == model and row.attack in (CLEAN, attack)]
-            panel.plot([row.eps for row in line], [100 * row.top1 for row in line], marker="o", label=model)
-        panel.set_title(attack)
-        panel.set_xlabel("eps in 1/255")
-        panel.grid(alpha=0.3)
+            panel.plot(
+                [row.eps for row in line],
+                [100 * row.top1 for row in line],
+                marker=MARKERS[number % len(MARKERS)],
+                color=POINTS[number % len(POINTS)],
+                label=model if panel is panels[0] else "",
+            )
+        panel.set_title(attack, fontsize=10, color=INK)
         panel.set_ylim(0, 100)
-    panels[0].set_ylabel("top-1 in %")
-    panels[0].legend(fontsize="small")
-    file = BytesIO()
-    FigureCanvasAgg(figure).print_png(file)
-    return file.getvalue()
+        quiet(panel, across="eps in 1/255", up="top-1 in %" if panel is panels[0] else "")
+    return png(figure, legend=3)
 
 
 def _row(model: str, attack: str, eps: float, ranks: dict[str, float]) -> Row:

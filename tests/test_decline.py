@@ -6,9 +6,9 @@ import pytest
 
 from medrobust.attacks import FGSM, PGD
 from medrobust.attacks.random_noise import RandomNoise
+from medrobust.charts import decline_curves
 from medrobust.decline import decline
 from medrobust.parsing import sweep
-from medrobust.pictures import decline_curves
 from medrobust.records import Record
 from medrobust.report import html, markdown
 

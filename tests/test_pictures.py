@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-import medrobust.pictures as pictures
-from medrobust.pictures import dice_by_class, panel
+from medrobust import charts, pictures
+from medrobust.charts import dice_by_class
+from medrobust.pictures import panel
 
 NAMES = ["background", "liver", "spleen"]
 
@@ -77,9 +79,9 @@ def test_tensors_and_arrays_give_the_same_bytes_every_time() -> None:
 
 def test_magnification_and_share_changed_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     titles: list[str] = []
-    save = pictures._png
+    save = pictures.png
     monkeypatch.setattr(
-        pictures, "_png", lambda figure: titles.extend(axes.get_title() for axes in figure.axes) or save(figure)
+        pictures, "png", lambda figure: titles.extend(axes.get_title() for axes in figure.axes) or save(figure)
     )
     arrays = case((10, 10))
     arrays[1][0, 0, 0] = 4 / 255
@@ -114,12 +116,13 @@ def test_arrays_that_do_not_fit_are_refused(change: dict[int, np.ndarray], messa
 
 def test_dice_by_class_sorts_by_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     labels: list[str] = []
-    save = pictures._png
-    monkeypatch.setattr(
-        pictures,
-        "_png",
-        lambda figure: labels.extend(text.get_text() for text in figure.axes[0].get_yticklabels()) or save(figure),
-    )
+    save = charts.png
+
+    def spy(figure: Figure, legend: int) -> bytes:
+        labels.extend(text.get_text() for text in figure.axes[0].get_yticklabels())
+        return save(figure, legend)
+
+    monkeypatch.setattr(charts, "png", spy)
     png = dice_by_class({"clean": {"liver": 0.9, "spleen": 0.8}, "PGD": {"liver": 0.1, "spleen": 0.4, "aorta": 0.2}})
     assert labels == ["liver", "aorta", "spleen"]
     assert read(png).ndim == 3
