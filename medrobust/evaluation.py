@@ -35,6 +35,7 @@ from medrobust.metrics.volume_error import volume_error
 from medrobust.minimum_eps import MinimumEps
 from medrobust.prompting import Arguments, Inputs, attack_all_prompts
 from medrobust.records import CLEAN, Record, versions
+from medrobust.regions import Region
 from medrobust.sea import ensemble_of
 from medrobust.statistics import is_foreground
 from medrobust.targeted import impossible, success
@@ -73,6 +74,7 @@ class Condition:
         minimum: search for the smallest eps of the attack that breaks the case, instead of attacking with its own.
         surrogate: name of the other network that the attack is made on.
         made_on: that name with the network's weights, for the records.
+        region: where the image may change, for the records; ``Evaluation.region`` sees to it.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Condition:
     minimum: MinimumEps | None = None
     surrogate: str = ""
     made_on: str = ""
+    region: str = ""
 
     @property
     def text(self) -> str:
@@ -96,7 +99,8 @@ class Condition:
         toward = f" toward {self.wish!r}: {self.goal!r}" if self.goal and not told else ""
         on = f" made on {self.made_on}" if self.made_on else ""
         stored = f" stored as {self.stored[1]}" if self.stored else ""
-        return f"{self.minimum or self.attack or ''!r}{on}{toward}{stored}"
+        within = f" in {self.region}" if self.region else ""
+        return f"{self.minimum or self.attack or ''!r}{on}{toward}{within}{stored}"
 
 
 CLEAN_CONDITION = Condition(name=CLEAN)
@@ -260,6 +264,7 @@ class Evaluation:
         model: name and hash of the weights, for the records.
         surrogates: other networks, by what conditions call them.
         device: where the network runs.
+        region: where attacks and their controls may change a case; ``None``: everywhere.
     """
 
     network: nn.Module
@@ -272,6 +277,7 @@ class Evaluation:
     model: str = ""
     device: torch.device | str = "cpu"
     surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
+    region: Region | None = None
 
     def case(
         self,
@@ -307,6 +313,7 @@ class Evaluation:
         model, pred, reference = self._opened(name, clean, label, inputs)
         measured = dict(norms or {})
         crafted: dict[tuple[str, str], Tensor] = {}
+        region = self.region(clean, reference) if self.region else None
         done = set(broken)
         for condition in wanted:
             if condition.ensemble in done:
@@ -334,15 +341,17 @@ class Evaluation:
                     attack = Recorded(text=condition.text, seed=self.seed)
                 elif isinstance(attack, Attack):
                     if condition.match:
-                        attack = RandomNoise(norm="l2", eps=measured[condition.match])
+                        # Noise is drawn everywhere; what falls outside the region is dropped.
+                        share = 1.0 if region is None else region.float().mean().item()
+                        attack = RandomNoise(norm="l2", eps=measured[condition.match] / share**0.5)
                     key = condition.stored[0] if condition.stored else condition.name, condition.protocol
                     if key not in crafted:
-                        crafted = {key: self._craft(attack, condition, model, clean, toward, inputs)}
+                        crafted = {key: self._craft(attack, condition, model, clean, toward, inputs, region)}
                     image_adv = crafted[key]
                     if condition.stored:
                         image_adv = as_stored(image_adv[0], condition.stored[1])[None]
-                    if condition.stored or condition.goal or condition.surrogate:
-                        attack = Recorded(text=condition.text, seed=self.seed)
+                    if condition.stored or condition.goal or condition.surrogate or condition.region:
+                        attack = Recorded(text=replace(condition, attack=attack).text, seed=self.seed)
                 else:
                     raise ValueError(f"expected the saved volume of {condition.name} for case {name}, got none")
             if not (condition.prompt or why_not):
@@ -422,6 +431,7 @@ class Evaluation:
         image: Tensor,
         label: Tensor,
         inputs: Inputs,
+        region: Tensor | None,
     ) -> Tensor:
         if attack.setting("objective").head == "sigmoid" and len(self.class_names) != 2:
             raise ValueError("expected an objective for a softmax head, got one for sigmoid channels: use the handlers")
@@ -430,12 +440,12 @@ class Evaluation:
             other = self.surrogates[condition.surrogate]
             model = bind(other.network, other.inferer, **self._batched(inputs.own)).to(self.device)
             self._predict(model, image)  # says what is wrong where the classes are not the same
-            return attack(model, image, label, generator=generator)
+            return attack(model, image, label, region=region, generator=generator)
         if condition.protocol == PROMPTS:
             models = [self._bound(arguments) for arguments in inputs.each()]
-            return attack_all_prompts(attack, models, image, label, generator=generator)
+            return attack_all_prompts(attack, models, image, label, region=region, generator=generator)
         if condition.protocol != TILES:
-            return attack(model, image, label, generator=generator)
+            return attack(model, image, label, region=region, generator=generator)
         if not isinstance(self.inferer, SlidingWindowInferer):
             raise ValueError(f"expected a sliding-window inferer to take tiles from, got {type(self.inferer).__name__}")
         network = bind(self.network, **self._batched(inputs.own))

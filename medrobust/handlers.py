@@ -56,6 +56,7 @@ class _Crafting:
         image_key: str = "image",
         target_key: str | None = None,
         goal: Goal | None = None,
+        region_key: str | None = None,
         autocast: str | None = None,
     ) -> None:
         """
@@ -73,6 +74,7 @@ class _Crafting:
             goal: what a targeted attack wants of the label (or the prediction) of each case; structures that the goal
                 is not about shall stay as the model predicts them. Voxel sizes come from the image's affine. A case
                 that lacks what the goal needs stays clean, with a warning.
+            region_key: the key of the mask (B, 1, *S) outside which nothing may change, such as the body.
             autocast: craft in this lower precision, such as ``"bfloat16"``; ``None`` crafts in the precision of the
                 image, whatever the engine's own, because gradients of single voxels are tiny.
         """
@@ -83,6 +85,8 @@ class _Crafting:
             raise ValueError(f"expected target_key or goal with a targeted attack and only then, got {given!r}")
         if protocol not in PROTOCOLS:
             raise ValueError(f"expected a protocol among {PROTOCOLS}, got {protocol!r}")
+        if region_key is not None and protocol != "whole volume":
+            raise ValueError(f"expected a region with the whole volume, got it with the protocol {protocol!r}")
         self.attack = attack
         self.inferer = inferer
         self.protocol = protocol
@@ -91,6 +95,7 @@ class _Crafting:
         self.image_key = image_key
         self.target_key = target_key
         self.goal = goal
+        self.region_key = region_key
         self.autocast = None if autocast is None else getattr(torch, autocast)
 
     def craft(self, engine: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -126,7 +131,9 @@ class _Crafting:
                     tile = bind(network, None, *args, **kwargs)
                     image_adv = attack_tiles(attack, tile, image, target, inferer.roi_size, generator=generator)
                 else:
-                    image_adv = attack(model, image, None if label_free else label, generator=generator)
+                    region = None if self.region_key is None else state.batch[self.region_key]
+                    aimed = None if label_free else label
+                    image_adv = attack(model, image, aimed, region=region, generator=generator)
         except ValueError as error:
             raise ValueError(f"{error} ({where(engine)})") from error
         image_adv = torch.where(per_case(possible, image_adv), image_adv, image.as_subclass(Tensor).to(image_adv))

@@ -17,6 +17,7 @@ from medrobust.attacks import objectives, scores, voxel_losses
 from medrobust.attacks.base import Attack
 from medrobust.goals import ChangeVolume, Erase, Goal, Inside, Invent, MoveBoundary, Swap
 from medrobust.minimum_eps import MinimumEps
+from medrobust.regions import BODY, LABEL, Region
 
 OBJECTIVES = ("objective", "criterion", "track")
 """Settings that are objectives, and go by their names."""
@@ -163,6 +164,18 @@ def parse_minimum(text: str, *, below: float, most: str | None) -> tuple[str, Mi
     name, attack = parse_attack(text)
     search = MinimumEps(attack=attack, below=below)
     return name, search if most is None else dataclasses.replace(search, most=float(parse_value(most)))
+
+
+def parse_region(text: str, class_names: Sequence[str]) -> Region:
+    """A region such as ``body``, ``label`` or ``liver,spleen``.
+
+    Raises:
+        ValueError: an unknown structure, with the nearest that exists.
+    """
+    if text in (BODY, LABEL):
+        return Region(word=text)
+    classes = tuple(_structure(word, class_names) for word in text.split(","))
+    return Region(word=", ".join(class_names[index] for index in classes), classes=classes)
 
 
 def _structure(text: str, class_names: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from medrobust.evaluation import (
     prompt_conditions,
     transfer_conditions,
 )
-from medrobust.parsing import parse_attacks, parse_goal, parse_minimum, parse_overrides, sweep
+from medrobust.parsing import parse_attacks, parse_goal, parse_minimum, parse_overrides, parse_region, sweep
 from medrobust.run import Run, saved_conditions
 
 
@@ -49,6 +49,7 @@ def prepare(
     below: float = 0.5,
     most: str | None = None,
     transfer: list[str] | None = None,
+    region: str | None = None,
     purpose: str = "",
 ) -> tuple[Run, list[dict[str, Any]]]:
     """The run that a command line asks for, and all of its cases; the arguments are those of ``medrobust evaluate``.
@@ -74,6 +75,8 @@ def prepare(
         raise ValueError("expected either --attack or --saved, got both")
     if label is not None and image is None:
         raise ValueError("expected --image with --label, got --label alone")
+    if region and (TILES in protocols or searches or saved):
+        raise ValueError("expected --region with attacks on whole volumes, not with tiles, --minimum-eps or --saved")
     if len(searches) < len(minimum_eps or []):
         raise ValueError("expected searches of different names, got one twice: write 'strong: pgd ...'")
     if not (named or keys or searches or saved):
@@ -89,6 +92,7 @@ def prepare(
         cases = opened.cases(split) if data_list is None else read_list(data_list, section)
     if not cases:
         raise ValueError("expected at least one case, got an empty list")
+    where = parse_region(region, opened.class_names) if region else None
     others = _surrogates(transfer or [], opened)
     evaluation = Evaluation(
         network=opened.network,
@@ -100,6 +104,7 @@ def prepare(
         lpips=lpips,
         model=opened.model,
         device=opened.device,
+        region=where,
         surrogates={name: surrogate for name, (surrogate, _) in others.items()},
     )
     goals = {name: parse_goal(wish, opened.class_names) for name, wish in wishes.items()}
@@ -112,10 +117,13 @@ def prepare(
         folder=output,
         evaluation=evaluation,
         conditions=[
-            *found,
-            *transfer_conditions(named, {name: weights for name, (_, weights) in others.items()}),
-            *minimum_conditions(searches),
-            *prompt_conditions(keys),
+            replace(one, region=where.word) if where and one.attack and not one.prompt else one
+            for one in (
+                *found,
+                *transfer_conditions(named, {name: weights for name, (_, weights) in others.items()}),
+                *minimum_conditions(searches),
+                *prompt_conditions(keys),
+            )
         ],
         preprocessing=opened.preprocessing,
         pictures=pictures,

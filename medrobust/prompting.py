@@ -43,13 +43,20 @@ class AllPrompts(nn.Module):
 
 
 def attack_all_prompts(
-    attack: Attack, models: Sequence[nn.Module], image: Tensor, label: Tensor, *, generator: torch.Generator
+    attack: Attack,
+    models: Sequence[nn.Module],
+    image: Tensor,
+    label: Tensor,
+    *,
+    region: Tensor | None = None,
+    generator: torch.Generator,
 ) -> Tensor:
     """An adversarial image (B, C, *S) for whatever prompt comes: the mean objective over all of them is maximised.
 
     Args:
         models: one for each prompt, of a single sigmoid channel.
         label: (B, 1, *S) of 0 and 1, what every prompt asks for.
+        region: as for any attack.
 
     Raises:
         ValueError: the objective cannot take a channel a prompt.
@@ -62,4 +69,4 @@ def attack_all_prompts(
             f"expected an objective with a head to attack all prompts, got {objective!r}: choose SoftDice, say"
         ) from error
     wanted = label.expand(-1, len(models), *label.shape[2:])
-    return together(AllPrompts(models), image, wanted, generator=generator)
+    return together(AllPrompts(models), image, wanted, region=region, generator=generator)

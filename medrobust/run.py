@@ -128,6 +128,7 @@ class Run:
         path = self.folder / "run.json"
         shared = {**self.settings, "model": self.evaluation.model, "seed": self.evaluation.seed}
         shared |= {"label_free": self.evaluation.label_free, "lpips": self.evaluation.lpips}
+        shared |= {"region": self.evaluation.region.word} if self.evaluation.region else {}
         hashes = {name: _digest(paths) for name, paths in cases.items()}
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"shared": shared, "cases": {}}
         other = "choose another --output"
