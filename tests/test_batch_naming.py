@@ -111,7 +111,7 @@ def test_trees_are_walked_in_order_and_clutter_is_passed_over(tmp_path: Path) ->
         "e.nii~",
         ".x.nii.tmp",
     )
-    touch(tmp_path, "out/seg.nii.gz", "f.dcm")
+    touch(tmp_path, "out/seg.nii.gz", "f.docx")
     assert names(tmp_path, aside=[tmp_path / "out"]) == sorted(wanted, key=os.fsencode)
     assert names(tmp_path, aside=[tmp_path / "out"], include=["P1*"], exclude=["*/T2/*"]) == [
         "P1/S1/T1/a.nii.gz",

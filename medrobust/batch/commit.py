@@ -98,6 +98,17 @@ class Store:
             except BusyError:
                 continue
 
+    def check_space(self, needed: int) -> None:
+        """See that so many bytes are free, before the work is done that could not be written.
+
+        Raises:
+            CaseError: they are not.
+        """
+        free = shutil.disk_usage(self.output).free
+        if free < needed:
+            text = f"the case may need {needed >> 10} KB in OUTPUT, {free >> 10} KB are free"
+            raise CaseError("disk-full", text, kind="failed")
+
     @contextmanager
     def lock(self, name: str, *, wait: float = 0.0) -> Iterator[None]:
         """Hold the lock of a case, or ``"report"``; raises BusyError."""

@@ -3,6 +3,7 @@
 Folders are walked to any depth (Patient/Study/Series trees, flat folders). What cannot be a case is passed over: hidden
 files, ``._*``, ``Thumbs.db``, files that are still being copied, OUTPUT itself. What looks like a case but is none
 (a link out of the tree, a pipe, a folder that cannot be opened) is found with its ``problem``, so that it is reported.
+NIfTI files are cases by their names; DICOM files are opened, and the series that they make are cases (``dicom_index``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from medrobust.batch.dicom_index import find_series, may_be, promises
 from medrobust.batch.faults import Exit, RunError
 
 ENDINGS = (".nii", ".nii.gz")
@@ -25,6 +27,7 @@ UNFINISHED = ("~", ".tmp", ".part", ".partial", ".crdownload", ".filepart")
 BIDS_ASIDE = ("derivatives", "sourcedata", "code", "stimuli")
 BIDS_NO_IMAGE = ("mask", "dseg", "probseg", "bold", "dwi", "sbref")
 LIST_BYTES, LIST_CASES = 1 << 26, 1_000_000
+NO_FILE = ("not-a-file", "a pipe, a socket or a device")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +36,15 @@ class Found:
 
     Attributes:
         relative: its path below the root, with ``/``; what it is named by.
-        path: where to read it, without symbolic links.
+        path: where to read it, without symbolic links; the folder of a DICOM series.
+        files: of a DICOM series, sorted; none for NIfTI.
         label: its reference labels, from a data list.
         problem: code and message of what is wrong with it already.
     """
 
     relative: str
     path: Path
+    files: tuple[Path, ...] = ()
     label: Path | None = None
     problem: tuple[str, str] | None = None
 
@@ -82,11 +87,13 @@ def discover(root: Path, search: Search | None = None) -> list[Found]:
     if stat.S_ISREG(kind) and root.suffix.lower() in (".json", ".csv"):
         found = _listed(root, search)
     elif stat.S_ISREG(kind):
-        found = [Found(relative=root.name, path=root.resolve())]
+        path = root.resolve()
+        series = [] if root.name.lower().endswith(ENDINGS) else _series({path: path}, {}, path.parent)
+        found = series or [Found(relative=root.name, path=path)]
     elif stat.S_ISDIR(kind):
         found = list(_walked(root.resolve(), search))
     else:
-        raise RunError(Exit.INPUT, "expected a folder, a data list or a NIfTI file as INPUT")
+        raise RunError(Exit.INPUT, "expected a folder, a data list, a NIfTI or a DICOM file as INPUT")
     wanted = [one for one in found if _wanted(one.relative, search)]
     return sorted(wanted, key=lambda one: os.fsencode(one.relative))
 
@@ -102,6 +109,9 @@ def _walked(root: Path, search: Search) -> Iterator[Found]:
     aside = {path.resolve() for path in search.aside}
     links: list[tuple[str, Path]] = []
     seen: set[Path] = set()
+    dicom_links: list[tuple[str, Path]] = []
+    slices: dict[Path, Path] = {}
+    wrong: dict[Path, tuple[str, str]] = {}
     waiting = [root]
     while waiting:
         folder = waiting.pop()
@@ -129,12 +139,33 @@ def _walked(root: Path, search: Search) -> Iterator[Found]:
                     seen.add(path)
                     yield Found(relative=relative, path=path)
                 else:
-                    yield Found(relative=relative, path=path, problem=("not-a-file", "a pipe, a socket or a device"))
+                    yield Found(relative=relative, path=path, problem=NO_FILE)
+            elif may_be(entry.name):
+                if entry.is_symlink():
+                    dicom_links.append((_relative(path, root), path))
+                elif entry.is_file(follow_symlinks=False):
+                    slices[path] = path
+                elif promises(entry.name):
+                    wrong.setdefault(folder, NO_FILE)
     for relative, path in sorted(links):
         found = _linked(relative, path, root, search.outside)
         if found.path not in seen:  # a link to a case that was found is that case
             seen.add(found.path)
             yield found
+    for relative, path in sorted(dicom_links):
+        found = _linked(relative, path, root, search.outside)
+        if found.problem is None:
+            slices.setdefault(found.path, path)
+        elif promises(path.name):
+            wrong.setdefault(path.parent, found.problem)
+    yield from _series(slices, wrong, root)
+
+
+def _series(files: Mapping[Path, Path], wrong: Mapping[Path, tuple[str, str]], root: Path) -> list[Found]:
+    return [
+        Found(relative=one.relative, path=one.folder, files=one.files, problem=one.problem)
+        for one in find_series(files, root, wrong)
+    ]
 
 
 def _linked(relative: str, path: Path, root: Path, outside: bool) -> Found:

@@ -48,6 +48,9 @@ COPIED = (
 """Header fields that say where a volume lies, beside the first four of ``pixdim``."""
 
 
+MODALITIES = ("CT", "MR", "PT")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """What is accepted.
@@ -58,12 +61,14 @@ class Policy:
         nonfinite: ``"reject"`` NaN and infinity, or ``"replace"`` them by the volume's smallest finite value.
         voxels: most voxels of a volume.
         header: most bytes between the header and the voxels, where extensions are.
+        modalities: of DICOM series, such as ``("CT",)``; empty: every one that can be read. NIfTI does not tell.
     """
 
     geometry: str = "strict"
     nonfinite: str = "reject"
     voxels: int = 1 << 30
     header: int = 1 << 24
+    modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.geometry not in ("strict", "lenient") or self.nonfinite not in ("reject", "replace"):

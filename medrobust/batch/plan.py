@@ -14,7 +14,7 @@ from monai.inferers import SlidingWindowInferer
 from medrobust.batch.attacked import Attacks
 from medrobust.batch.discovery import Found
 from medrobust.batch.faults import CaseError, Exit, RunError
-from medrobust.batch.nifti import Policy, read_head
+from medrobust.batch.nifti import Head, Policy, read_head
 from medrobust.batch.recipe import Recipe
 from medrobust.batch.sampling import BUDGET
 from medrobust.batch.stitch import PIECE, slide_axis
@@ -64,7 +64,7 @@ def need_of(key: str, found: Found, recipe: Recipe, policy: Policy, attacks: Att
     if found.problem:
         return Need(key=key, problem=found.problem[0])
     try:
-        head = read_head(found.path, policy)
+        head = _head_of(found, policy)
     except CaseError as error:
         return Need(key=key, problem=error.code)
     scan, shape = head.voxels, head.geometry.shape
@@ -76,10 +76,23 @@ def need_of(key: str, found: Found, recipe: Recipe, policy: Policy, attacks: Att
     working = 4 * voxels + _held(net, recipe, classes) + 3 * scan
     if attacks:
         working += 4 * voxels * (3 * classes + 8)
+    memory = BASE + 16 * BUDGET + max(reading, working)
+    return Need(key=key, shape=shape, memory=memory, disk=disk_of(scan, voxels, attacks))
+
+
+def disk_of(scan: int, voxels: int, attacks: Attacks) -> int:
+    """Bytes that a case's files may take: label maps of ``scan`` voxels, adversarial volumes of ``voxels``."""
     packed = scan // 20 + 1024
     count = sum(condition.attack is not None for condition in attacks.conditions)
-    memory = BASE + 16 * BUDGET + max(reading, working)
-    return Need(key=key, shape=shape, memory=memory, disk=packed * (1 + count) + 4 * voxels * count)
+    return packed * (1 + count) + 4 * voxels * count
+
+
+def _head_of(found: Found, policy: Policy) -> Head:
+    if not found.files:
+        return read_head(found.path, policy)
+    from medrobust.batch import dicom_series  # needs the extra
+
+    return dicom_series.read_head(found.files, policy)
 
 
 def net_shape(shape: Sequence[int], spacing: Sequence[float], transforms: Iterable[Any]) -> tuple[int, ...]:

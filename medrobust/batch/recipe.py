@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,6 +53,16 @@ class Recipe:
         if self.overrides:
             raise RunError(Exit.USAGE, "expected --set with --trust-bundle, got it without")
         return trust.read_plain(self.root)
+
+    @property
+    def modality(self) -> str:
+        """DICOM's word for the scans that the bundle is made for, by its metadata; ``""`` where that tells none."""
+        try:
+            about = json.loads((self.root / "configs" / "metadata.json").read_text(encoding="utf-8"))
+            found = about["network_data_format"]["inputs"]["image"]["modality"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        return found if isinstance(found, str) and re.fullmatch(r"[A-Z]{2}", found) else ""
 
     def check(self) -> None:
         """See that the bundle can be opened, without building its network.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from monai.transforms import EnsureChannelFirstd, MapTransform
 from monai.utils import SpaceKeys
 from torch import Tensor, nn
 
-from medrobust.batch import attacked, volumes
+from medrobust.batch import attacked, plan, volumes
 from medrobust.batch.commit import Made, Store
 from medrobust.batch.faults import TRANSIENT, CaseError, Exit, RunError, fault_of
 from medrobust.batch.locks import BusyError
@@ -30,6 +30,9 @@ from medrobust.batch.resample import is_known, regridded
 from medrobust.batch.stitch import stitch
 from medrobust.batch.workers import FREE
 
+if TYPE_CHECKING:
+    from medrobust.batch.dicom_seg import SegWriter
+
 Tell = Callable[[str], None]
 SEGMENTATION = "seg.nii.gz"
 
@@ -39,6 +42,7 @@ class Task:
     """One case to do.
 
     Attributes:
+        files: of a DICOM series, which is read instead of ``path``.
         problem: what discovery found wrong with it already, code and message.
         attempt: 0, or 1 after a failure that may pass.
         last: no other attempt follows.
@@ -48,6 +52,7 @@ class Task:
 
     key: str
     path: Path
+    files: tuple[Path, ...] = ()
     label: Path | None = None
     problem: tuple[str, str] | None = None
     attempt: int = 0
@@ -62,6 +67,7 @@ class Segmenter:
 
     Args:
         details: folder for tracebacks, which may hold patient data; outside OUTPUT.
+        dicom: also writes the labels of a DICOM series as DICOM SEG, outside OUTPUT.
     """
 
     store: Store
@@ -71,6 +77,7 @@ class Segmenter:
     attacks: attacked.Attacks = field(default_factory=attacked.Attacks)
     details: Path | None = None
     threads: int = 0
+    dicom: SegWriter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
@@ -149,7 +156,7 @@ class Segmenter:
         if task.problem:
             raise CaseError(*task.problem)
         clock("read")
-        scan = read(task.path, self.policy)
+        scan = _scan(task, self.policy)
         label_sha = sha256_of(task.label) if task.label and self.attacks else ""
         made.append(self._made(scan.sha256, label_sha))
         if "constant" in scan.warnings and self.attacks:
@@ -161,6 +168,7 @@ class Segmenter:
         voxel = abs(float(np.linalg.det(geometry.affine[:3, :3]))) / 1000
         del scan, label
         image, reference = self._prepare(data)
+        self.store.check_space(plan.disk_of(int(np.prod(geometry.shape)), image.numel(), self.attacks))
         clock(FREE)
         network = self.network
         clock("segment")
@@ -187,6 +195,8 @@ class Segmenter:
         clock("write")
         with self.store.stage(task.key) as folder:
             volumes.write(labels, folder / SEGMENTATION, geometry)
+            place = (task.key, task.files, labels, geometry.affine, self.recipe, self.settings)
+            seg = self.dicom.write(*place) if self.dicom else {}
             del labels
             adversarial = []
             if self.attacks:
@@ -203,6 +213,7 @@ class Segmenter:
                 "adversarial": adversarial,
                 "attempts": task.attempt + 1,
                 "measured": clock.measured(),
+                **seg,
             }
             return self.store.commit(task.key, folder, made[0], about)
 
@@ -210,7 +221,7 @@ class Segmenter:
         """What a case would be made of, from its files; ``None`` if they cannot be read."""
         try:
             label = sha256_of(task.label) if task.label and self.attacks else ""
-            return self._made(sha256_of(task.path), label)
+            return self._made(_sha256(task), label)
         except CaseError:
             return None
 
@@ -227,7 +238,8 @@ class Segmenter:
         if not done and not failed:
             return None
         made = self.made_of(task)
-        if done and made and self.store.done(task.key, made) is not None:
+        held = done is not None and (self.dicom is None or self.dicom.holds(task.key, done))
+        if done and held and made and self.store.done(task.key, made) is not None:
             self.store.forgive(task.key)
             return {**done, "status": "kept"}
         return failed if failed and failed["made_of"] == (vars(made) if made else None) else None
@@ -292,6 +304,22 @@ class _Clock:
         stages = {**self.seconds, self.stage: round(self.seconds.get(self.stage, 0.0) + now - self.since, 3)}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1 << 20)
         return {"seconds": round(now - self.begin, 3), "stages": stages, "peak_mb": round(peak)}
+
+
+def _scan(task: Task, policy: Policy) -> Scan:
+    if not task.files:
+        return read(task.path, policy)
+    from medrobust.batch import dicom_series  # needs the extra
+
+    return dicom_series.read(task.files, policy)
+
+
+def _sha256(task: Task) -> str:
+    if not task.files:
+        return sha256_of(task.path)
+    from medrobust.batch import dicom_series
+
+    return dicom_series.sha256_of(task.files)
 
 
 def _tensors(scan: Scan, label: Scan | None, classes: int) -> dict[str, Any]:

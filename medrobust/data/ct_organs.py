@@ -81,6 +81,15 @@ def prepare(target: Path | None = None) -> Path:
     return target
 
 
+def dicom_slices(target: Path) -> list[Path]:
+    """Write the DICOM series that CT B was made of (20 files, JPEG 2000) into ``target``; fetched once."""
+    archive = ARCHIVE.fetch(cache_folder() / "archives")
+    names = _dicom_names(archive)
+    target.mkdir(parents=True, exist_ok=True)
+    extract(archive, {f"{INSIDE}/example_ct_dicom/{name}": target / name for name in names})
+    return [target / name for name in names]
+
+
 def cases(section: str, dataset_dir: str | Path | None = None) -> list[dict[str, str]]:
     """The data list of one section (``training``, ``validation`` or ``shift``), with absolute paths.
 
