@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 from medrobust.batch.faults import CaseError, Exit, RunError
 
 
@@ -19,6 +21,9 @@ def do(task: dict[str, Any], tell: Callable[[str], None]) -> Any:
                 os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "kill always":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "kill dask" and not os.path.exists(value):
+            with open(value, "w", encoding="ascii"):
+                psutil.Process().parent().parent().kill()  # the forking server's own parent
         elif kind == "exit":
             os._exit(value)
         elif kind == "sleep":
@@ -42,3 +47,8 @@ def do(task: dict[str, Any], tell: Callable[[str], None]) -> Any:
 
 def refuse(task: object, tell: Callable[[str], None]) -> Any:
     raise CaseError("never", "this work is not called")
+
+
+def place() -> dict[str, str]:
+    """What a machine sees; its environment says which one it plays."""
+    return {"OUTPUT": os.environ.get("BATCH_WORK_PLACE", "here")}
