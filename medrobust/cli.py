@@ -1,4 +1,4 @@
-"""The command line: ``attack``, ``evaluate``, ``universal``, ``report``, ``data``, ``list`` and ``demo``.
+"""The command line: ``attack``, ``evaluate``, ``universal``, ``report``, ``status``, ``data``, ``list`` and ``demo``.
 
 Heavy imports stay inside the commands, so that ``--help`` answers at once. Exit codes: 0 all went well, 1 some case
 failed (the others are there), 2 wrong input.
@@ -7,6 +7,7 @@ failed (the others are there), 2 wrong input.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from medrobust.batch.command import batch
 from medrobust.batch.faults import RunError
+from medrobust.batch.pacs_command import pacs
 
 if TYPE_CHECKING:
     from medrobust.batch.evaluating import Crew
@@ -87,6 +89,9 @@ TransferArg = Annotated[
         "--transfer", help="Also make the attacks on another network: NAME=BUNDLE, or NAME=WEIGHTS. Repeatable."
     ),
 ]
+RegionArg = Annotated[
+    str | None, typer.Option(help="Attack only there: body, label (all structures), or names of structures.")
+]
 WorkersArg = Annotated[int, typer.Option(help="Processes that do cases; 0: this one does them.", min=0)]
 TimeoutArg = Annotated[float, typer.Option(help="With --workers: seconds for a case; 0: no limit.", min=0)]
 MemoryArg = Annotated[str, typer.Option(help="With --workers: largest memory of each, such as 6G.")]
@@ -112,6 +117,7 @@ def attack(
     seed: SeedArg = 0,
     protocol: ProtocolArg = "whole",
     label_free: LabelFreeArg = False,
+    region: RegionArg = None,
     workers: WorkersArg = 0,
     timeout_per_case: TimeoutArg = 0,
     memory: MemoryArg = "",
@@ -153,6 +159,7 @@ def evaluate(
     below: BelowArg = 0.5,
     most: MostArg = None,
     transfer: TransferArg = None,
+    region: RegionArg = None,
     workers: WorkersArg = 0,
     timeout_per_case: TimeoutArg = 0,
     memory: MemoryArg = "",
@@ -292,7 +299,21 @@ def demo(
         _report([one.records_path for one, _ in runs], run.folder, notes)
 
 
+@app.command()
+def status(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the results of `medrobust batch`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """How far the runs of `medrobust batch` on an OUTPUT are: what is done, at work and left, and what it will take."""
+    with told():
+        from medrobust.batch import status as asked
+
+        found = asked.status_of(output)
+        out.print(json.dumps(found) if as_json else asked.told(found), highlight=False, markup=False, soft_wrap=True)
+
+
 app.command()(batch)
+app.command()(pacs)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 from collections import deque
@@ -275,7 +276,7 @@ MISTAKES: list[tuple[tuple[str, ...], int, str]] = [
     (("-a", "pdg"), 2, "expected an attack among"),
     (("--weights", "none.pt"), 2, "expected weights in none.pt"),
     (("--set", "a"), 2, "expected --set id=value"),
-    (("--include", "*.mha"), 4, "no .nii or .nii.gz file was found"),
+    (("--include", "*.mha"), 4, "no .nii, .nii.gz or DICOM file was found"),
 ]
 
 
@@ -351,6 +352,22 @@ def test_a_full_disk_is_tried_again_and_told(
     full[0] = 0
     call(tree, tmp_path / "b", bundle, code=3)
     assert sorted(status(tmp_path / "b").values()) == ["done"] * 3 + ["rejected"] * 3
+
+
+def test_room_is_asked_for_before_the_work(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attacked scan of 12 x 10 x 11 voxels: three label maps, and with the control's two volumes of float32."""
+    tree, out = batch_tree.make(tmp_path / "in", sound=1, broken=False), tmp_path / "out"
+    needed = 3 * (12 * 10 * 11 // 20 + 1024) + 2 * 4 * 12 * 10 * 11
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=needed - 1))
+    attack = ("-a", "fgsm eps=8/255 objective=CE")
+    call(tree, out, bundle, *attack, code=6)
+    (row,) = report.read_rows(out / "failures.csv")
+    assert (row["code"], row["stage"]) == ("disk-full", "prepare")
+    assert row["reason"] == "the case may need 13 KB in OUTPUT, 13 KB are free"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=needed))
+    call(tree, out, bundle, *attack)
+    assert list(status(out).values()) == ["done"]
 
 
 def test_two_runs_on_one_output_never_do_a_case_twice(bundle: Path, tmp_path: Path) -> None:

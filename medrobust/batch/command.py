@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import secrets
@@ -19,10 +20,12 @@ import typer
 if TYPE_CHECKING:
     from medrobust.batch.attacked import Attacks
     from medrobust.batch.commit import Store
+    from medrobust.batch.dicom_seg import SegWriter
     from medrobust.batch.discovery import Found
     from medrobust.batch.faults import Exit
     from medrobust.batch.nifti import Policy
     from medrobust.batch.recipe import Recipe
+    from medrobust.batch.workers import Runner
 
 PRELOAD = ("medrobust.batch.segment", "SimpleITK")
 
@@ -51,6 +54,10 @@ def batch(
     timeout_per_case: Annotated[float, typer.Option(help="Seconds; 0: no limit.", min=0)] = 3600,
     memory: Annotated[str, typer.Option(help="Largest memory of a worker, such as 6G; empty: no limit.")] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0: none, in this one, without protection.", min=0)] = 1,
+    scheduler: Annotated[
+        str,
+        typer.Option(help="Work on a Dask cluster: 'local', an address such as tcp://host:8786, or a scheduler file."),
+    ] = "",
     num_parts: Annotated[int, typer.Option(help="Share the cases among so many machines ...")] = 1,
     part_id: Annotated[int, typer.Option(help="... and do this share, from 0.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the bundle's.")] = None,
@@ -63,6 +70,13 @@ def batch(
     ] = False,
     geometry: Annotated[str, typer.Option(help="strict, or lenient with doubtful affines.")] = "strict",
     nonfinite: Annotated[str, typer.Option(help="reject NaN and infinity, or replace them.")] = "reject",
+    modality: Annotated[
+        list[str] | None,
+        typer.Option(help="Of DICOM series: CT, MR, PT, or any; default: what the bundle says it is for. Repeatable."),
+    ] = None,
+    dicom_seg: Annotated[
+        str, typer.Option("--dicom-seg", help="Of DICOM series also a SEG, in the private folder: binary or labelmap.")
+    ] = "none",
     private: Annotated[
         Path | None, typer.Option(help="Folder for what holds patient data; default: OUTPUT.private.")
     ] = None,
@@ -82,8 +96,8 @@ def batch(
     except RunError as error:
         typer.echo(f"error: {error}", err=True)
         code = error.exit_code
-    except (KeyboardInterrupt, _TerminatedError) as error:
-        code = Exit.TERMINATED if isinstance(error, _TerminatedError) else Exit.INTERRUPTED
+    except (KeyboardInterrupt, TerminatedError) as error:
+        code = Exit.TERMINATED if isinstance(error, TerminatedError) else Exit.INTERRUPTED
         typer.echo("interrupted: the same command goes on from here", err=True)
     except OSError as error:
         if fault_of(error).code not in ("disk-full", "no-access"):
@@ -93,7 +107,7 @@ def batch(
     raise typer.Exit(int(code))
 
 
-class _TerminatedError(BaseException):
+class TerminatedError(BaseException):
     """SIGTERM."""
 
 
@@ -114,6 +128,7 @@ def _run(
     timeout_per_case: float,
     memory: str,
     workers: int,
+    scheduler: str,
     num_parts: int,
     part_id: int,
     device: str | None,
@@ -124,6 +139,8 @@ def _run(
     allow_outside_root: bool,
     geometry: str,
     nonfinite: str,
+    modality: list[str] | None,
+    dicom_seg: str,
     private: Path | None,
     as_json: bool,
     quiet: bool,
@@ -136,12 +153,17 @@ def _run(
     from medrobust.batch.locks import membership
     from medrobust.batch.logs import Log, new_run
 
+    if scheduler:
+        check_scheduler(scheduler, workers)
+        # Another machine is in another folder.
+        source, output, bundle = source.absolute(), output.absolute(), bundle.absolute()
+        weights, private = (path.absolute() if path else None for path in (weights, private))
     if on_error not in ("skip", "stop"):
         raise RunError(Exit.USAGE, f"expected --on-error skip or stop, got {on_error!r}")
     limit = bytes_of(memory)
     plan.check_part(num_parts, part_id)
     policy, attacks, recipe = _settings(
-        geometry, nonfinite, attack, seed, bundle, trust_bundle, weights, device, override
+        geometry, nonfinite, modality, attack, seed, bundle, trust_bundle, weights, device, override
     )
     if source.resolve() == output.resolve() or output.resolve() in source.resolve().parents:
         raise RunError(Exit.USAGE, "expected INPUT outside OUTPUT")
@@ -157,8 +179,9 @@ def _run(
     found = {one.relative: one for one in discover(source, search)}
     mine = plan.share(found, num_parts, part_id)
     if not found:
-        raise RunError(Exit.NOTHING_FOUND, "no .nii or .nii.gz file was found in INPUT")
+        raise RunError(Exit.NOTHING_FOUND, "no .nii, .nii.gz or DICOM file was found in INPUT")
     recipe.check()
+    writer = _seg_writer(dicom_seg, beside, recipe)
     store = Store(output)
     if dry_run:
         known = (beside / naming.SECRET).is_file()
@@ -171,13 +194,15 @@ def _run(
     naming.bind(store.state, secret)
     names = naming.name_all(secret, mine)
     naming.keep_names(beside, names)
-    settings = digest_of({"attacks": attacks.text, "seed": seed, "policy": vars(policy)})
+    settled: dict[str, Any] = {"attacks": attacks.text, "seed": seed, "policy": vars(policy)}
+    settings = digest_of({**settled, **({"dicom_seg": dicom_seg} if writer else {})})
     about = _about(recipe, attacks, policy)
     run = new_run()
     note: dict[str, Any] = {
         **about,
         "run": run,
         "host": socket.gethostname(),
+        "pid": os.getpid(),
         "python": platform.python_version(),
         "device": str(recipe.torch_device),
         "part": f"{part_id} of {num_parts}",
@@ -187,7 +212,7 @@ def _run(
     }
     with membership(store.state, {"bundle": recipe.digest, "settings": settings}):
         _note(store, run, note)
-        with Log(store.state / "runs" / f"{run}.jsonl", quiet=quiet) as log, _terminable():
+        with Log(store.state / "runs" / f"{run}.jsonl", quiet=quiet) as log, terminable():
             log("begin", cases=len(names), part=note["part"], workers=workers)
             log.expect(len(names))
             code = Exit.INTERNAL
@@ -202,7 +227,10 @@ def _run(
                     names,
                     mine,
                     log,
+                    run=run,
+                    scheduler=scheduler,
                     workers=workers,
+                    dicom=writer,
                     timeout=timeout_per_case or None,
                     memory=limit,
                     on_error=on_error,
@@ -211,7 +239,7 @@ def _run(
                 )
             except KeyboardInterrupt:
                 code = Exit.INTERRUPTED
-            except _TerminatedError:
+            except TerminatedError:
                 code = Exit.TERMINATED
             summary = _report(store, about, log)
             log("end", exit=int(code))
@@ -233,7 +261,10 @@ def _night(
     found: Mapping[str, Found],
     log: Any,
     *,
+    run: str,
+    scheduler: str,
     workers: int,
+    dicom: SegWriter | None,
     timeout: float | None,
     memory: int | None,
     on_error: str,
@@ -243,7 +274,7 @@ def _night(
     from medrobust.batch import naming
     from medrobust.batch.night import Night
     from medrobust.batch.segment import Segmenter, Task
-    from medrobust.batch.workers import Here, Pool, Runner, cores
+    from medrobust.batch.workers import Here, Pool, cores
 
     segmenter = Segmenter(
         store=store,
@@ -252,6 +283,7 @@ def _night(
         policy=policy,
         attacks=attacks,
         details=beside / naming.DETAILS,
+        dicom=dicom,
         threads=max(1, cores() // workers) if workers else 0,
     )
     tasks = []
@@ -262,6 +294,7 @@ def _night(
             Task(
                 key=key,
                 path=one.path,
+                files=one.files,
                 label=one.label,
                 problem=one.problem,
                 seen=tuple(record["attempt"] for record in before if record),
@@ -269,27 +302,60 @@ def _night(
             )
         )
     runner: Runner = Here(work=segmenter)
-    if workers:
-        runner = Pool(
+    limits: dict[str, Any] = {"timeout": timeout, "memory": memory, "preload": PRELOAD}
+    limits["log"] = beside / naming.DETAILS / "workers.log"
+    if scheduler:
+        from medrobust.batch.cluster import Cluster
+        from medrobust.batch.sight import Sight
+
+        sight = Sight(
+            recipe=recipe,
+            store=store,
+            note=store.state / "runs" / f"{run}.json",
+            example=tasks[0].path if tasks else None,
+            details=beside / naming.DETAILS,
+        )
+        runner = Cluster(
             work=segmenter,
+            scheduler=scheduler,
             workers=workers,
-            timeout=timeout,
-            memory=memory,
-            log=beside / naming.DETAILS / "workers.log",
-            preload=PRELOAD,
+            threads=segmenter.threads,
+            view=sight,
+            tell=log,
+            **limits,
         )
+    elif workers:
+        runner = Pool(work=segmenter, workers=workers, **limits)
     try:
-        return Night(work=segmenter, runner=runner, log=log, on_error=on_error, max_failures=max_failures).run(
-            tasks
-        )
+        return Night(work=segmenter, runner=runner, log=log, on_error=on_error, max_failures=max_failures).run(tasks)
     finally:
         runner.close()
         store.sweep()
 
 
+def check_scheduler(scheduler: str, workers: int) -> None:
+    """See that ``--scheduler`` can be meant, without asking it.
+
+    Raises:
+        RunError: it cannot, or Dask is missing.
+    """
+    from medrobust.batch.faults import Exit, RunError
+
+    try:
+        from medrobust.batch.cluster import LOCAL
+    except ImportError:
+        raise RunError(Exit.USAGE, "expected Dask for --scheduler: pip install 'medrobust[cluster]'") from None
+    if scheduler == LOCAL and not workers:
+        raise RunError(Exit.USAGE, "expected --workers 1 or more with --scheduler local, got 0")
+    if scheduler != LOCAL and "://" not in scheduler and not Path(scheduler).is_file():
+        known = "local, an address such as tcp://host:8786, or a scheduler file"
+        raise RunError(Exit.USAGE, f"expected --scheduler {known}, got {scheduler!r}")
+
+
 def _settings(
     geometry: str,
     nonfinite: str,
+    modality: Sequence[str] | None,
     attack: Sequence[str] | None,
     seed: int,
     bundle: Path,
@@ -300,7 +366,7 @@ def _settings(
 ) -> tuple[Policy, Attacks, Recipe]:
     from medrobust.batch.attacked import Attacks
     from medrobust.batch.faults import Exit, RunError
-    from medrobust.batch.nifti import Policy
+    from medrobust.batch.nifti import MODALITIES, Policy
     from medrobust.batch.recipe import Recipe
     from medrobust.parsing import parse_attacks, parse_overrides
 
@@ -313,9 +379,30 @@ def _settings(
         recipe = Recipe(
             root=bundle, trusted=trust_bundle, weights=weights, device=device, overrides=parse_overrides(override)
         )
-        return Policy(geometry=geometry, nonfinite=nonfinite), attacks, recipe
+        wanted = modality or [recipe.modality or "any"]
+        if unknown := {*wanted} - {*MODALITIES, "any"}:
+            raise ValueError(f"expected --modality {', '.join(MODALITIES)} or any, got {', '.join(sorted(unknown))}")
+        modalities = () if "any" in wanted else tuple(sorted({*wanted}))
+        return Policy(geometry=geometry, nonfinite=nonfinite, modalities=modalities), attacks, recipe
     except (ValueError, TypeError) as error:
         raise RunError(Exit.USAGE, str(error)) from None
+
+
+def _seg_writer(kind: str, beside: Path, recipe: Recipe) -> SegWriter | None:
+    from medrobust.batch.faults import Exit, RunError
+
+    if kind == "none":
+        return None
+    try:
+        from medrobust.batch.dicom_codes import segments_of
+        from medrobust.batch.dicom_seg import SegWriter
+
+        segments_of(recipe.root, recipe.class_names)
+    except ImportError:
+        raise RunError(Exit.USAGE, "expected highdicom for --dicom-seg: pip install 'medrobust[dicom]'") from None
+    except ValueError as error:
+        raise RunError(Exit.USAGE, str(error)) from None
+    return SegWriter(private=beside.absolute(), kind=kind)
 
 
 def _tell_plan(
@@ -380,11 +467,11 @@ def _note(store: Store, run: str, note: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does."""
 
     def stop(*_: object) -> None:
-        raise _TerminatedError
+        raise TerminatedError
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
