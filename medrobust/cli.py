@@ -335,8 +335,8 @@ def told() -> Iterator[None]:
 
 def _evaluate(words: dict[str, Any], soundness: str | None) -> Run:
     """The run of ``attack`` and ``evaluate``, from all their options; without ``soundness`` there is no checklist."""
-    from medrobust.batch.command import bytes_of
     from medrobust.batch.evaluating import Crew
+    from medrobust.batch.options import bytes_of
     from medrobust.batch.plan import check_part
     from medrobust.preparing import prepare
 

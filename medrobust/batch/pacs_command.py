@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medrobust.batch.command import TerminatedError, batch, terminable
+from medrobust.batch.command import batch
+from medrobust.batch.signals import TerminatedError, terminable
 
 if TYPE_CHECKING:
     from medrobust.batch.faults import Exit
