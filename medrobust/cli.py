@@ -170,8 +170,14 @@ def evaluate(
     """Measure clean and under attack, keep the adversarial volumes, write the report."""
     with told():
         words = {key: value for key, value in locals().items() if key not in ("note", "soundness")}
+        from medrobust.batch.evaluating import joining
+
         run = _evaluate(words, soundness)
-        _report([run.records_path], run.folder, note or [])
+        if num_parts > 1 and not run.failures and not run.records_path.is_file():
+            out.print("no case falls to this share")
+            return
+        with joining(run.folder) if num_parts > 1 else contextlib.nullcontext():
+            _report([run.records_path], run.folder, note or [])
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,11 +62,17 @@ def merge(part: Path, folder: Path, case: str) -> None:
     shutil.rmtree(part)
 
 
-def sweep(folder: Path) -> None:
-    """Delete the half-written files that a killed run left; the caller holds the lock of ``merge``."""
+def sweep(folder: Path, age: float = 3600.0) -> None:
+    """Delete the half-written files that a killed run left, unless somebody may still be writing them.
+
+    Args:
+        age: in seconds.
+    """
     for kind in (".", "volumes", "pictures"):
         for left in (folder / kind).glob(WRITING + "*"):
-            shutil.rmtree(left)
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime >= age:
+                    shutil.rmtree(left)
 
 
 def note_failure(folder: Path, case: str, why: str | None) -> None:

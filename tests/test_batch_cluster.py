@@ -146,7 +146,8 @@ def test_a_dask_worker_that_is_killed_loses_its_task_only_and_the_next_is_used(
             done.append(str(event.task))
     assert len(done) == len(set(done)) == 3
     ((_, code, stage, message),) = lost
-    assert (code, stage) == ("killed", "begin")
+    assert code == "killed"
+    assert stage in ("", "begin")  # what it told in its last moment may be lost with it
     assert "Dask worker" in message
     with dask.client() as client:
         client.wait_for_workers(2, timeout=LIMIT)  # its nanny starts another

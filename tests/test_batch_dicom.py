@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,24 @@ def test_a_compression_without_decoder_is_named(tmp_path: Path, monkeypatch: pyt
 def test_a_deflated_header_is_never_unpacked(tmp_path: Path) -> None:
     files = make_series(tmp_path, transfer_syntax="1.2.840.10008.1.2.1.99")
     assert code_of(files) == "compressed"
+
+
+@pytest.mark.parametrize("trick", ["a second syntax", "a value of a long kind before it"])
+def test_a_deflated_header_cannot_hide(tmp_path: Path, trick: str) -> None:
+    """Of two transfer syntaxes the reader takes the last: a bomb behind a harmless one."""
+    (path,) = make_series(tmp_path, slices=1)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = packer.compress(b"\x08\x00\x05\x00CS\x02\x00AB" + bytes(1 << 24)) + packer.flush()
+    plain, deflated = b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99"
+    element = b"\x02\x00\x10\x00UI%c\0%b"
+    hidden = element % (len(plain), plain)
+    if trick != "a second syntax":  # taken for a short value, it would hide what follows it
+        hidden = b"\x02\x00\x02\x01UC\0\0" + len(hidden).to_bytes(4, "little") + hidden
+    path.write_bytes(bytes(128) + b"DICM" + hidden + element % (len(deflated), deflated) + bomb)
+    tracemalloc.start()
+    assert code_of([path]) == "compressed"
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
 
 
 def test_a_header_without_end_is_refused_early(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class Losing:
     def events(self, waiting: deque[Any]) -> Iterator[Event]:
         while waiting:
             task = waiting.popleft()
-            part = self.evaluator.state / "cases" / task.key
+            part = self.evaluator.part(task)
             merging.begin(part, self.evaluator.folder, task.key)
             run = prepare(bundle=self.bundle, output=part, attack=ATTACKS[1:], pictures=False)[0]
             run.evaluate([task.paths], names=[task.key])
@@ -183,7 +183,7 @@ def test_a_case_of_another_run_is_waited_for(bundle: Path, tmp_path: Path) -> No
     for name in ("locks", "cases"):
         (evaluator.state / name).mkdir(parents=True)
     case = Case(key="case0", paths=cases[0])
-    with hold(evaluator.state / "locks" / "case0"):
+    with hold(evaluator._lock(case)):
         assert evaluator(case, lambda stage: None)["status"] == "busy"
     assert evaluator(case, lambda stage: None)["status"] == "done"
     assert evaluator(case, lambda stage: None)["status"] == "kept"
@@ -217,7 +217,7 @@ def test_a_merge_that_is_cut_short_is_finished_later(
             _Cut.left = 10**6
         else:
             break
-        merging.sweep(folder)
+        merging.sweep(folder, age=0)
         merging.merge(again, folder, "case0")
         assert contents(folder) == expected, cut
         assert not again.exists()
@@ -240,6 +240,26 @@ def _counted(function: Any) -> Any:
         return function(*words, **more)
 
     return counted
+
+
+@pytest.mark.parametrize("name", ["..", "../../outside", "\u809d" * 60])
+def test_any_name_of_a_case_stays_inside(bundle: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "out"
+    _, cases = make(bundle, folder)()
+    evaluator = Evaluator(make=make(bundle, folder), folder=folder)
+    part = evaluator.part(Case(key=name, paths=cases[0]))
+    assert part.parent == evaluator.state / "cases"
+    assert len(part.name) == 32
+    assert part != evaluator.part(Case(key="case0", paths=cases[0]))
+
+
+def test_a_share_without_cases_is_no_failure(bundle: Path, tmp_path: Path) -> None:
+    outs = [tmp_path / f"out{part}" for part in range(9)]
+    texts = [
+        call(bundle, out, "--num-parts", 9, "--part-id", part, command="evaluate") for part, out in enumerate(outs)
+    ]
+    empty = [text for text in texts if "no case falls to this share" in text]
+    assert len(empty) == sum(not (out / "records.csv").exists() for out in outs) > 4
 
 
 def test_limits_need_workers(bundle: Path, tmp_path: Path) -> None:

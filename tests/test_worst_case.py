@@ -120,7 +120,7 @@ def test_unsigned_maps_and_a_value_to_ignore() -> None:
     ("prediction", "reference", "ignore", "message"),
     [
         (torch.full((1, 1, 2, 2), 3), torch.zeros(1, 1, 2, 2), None, "0 to 2 in prediction"),
-        (torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 3), None, "0 to 2, and -1 for voxels without a say in reference"),
+        (torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 3), None, "0 to 2, and -1 for voxels"),
         (torch.zeros(1, 1, 2, 2), torch.zeros(2, 1, 2, 2), None, "one shape"),
         (torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, 1, 2, 2), None, "fractions"),
         (torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 1, dtype=torch.bool), "ignore"),

@@ -157,7 +157,7 @@ class Cluster:
             log=self.log,
             preload=tuple(self.preload),
         )
-        self._expected = look(self._terms.view)
+        self._expected = look(self._terms)
         self._began = self._manned = time.monotonic()
 
     def _look_round(self) -> Iterator[Event]:

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 
 import pydicom
 from pydicom import Dataset
+from pydicom.filereader import read_dataset
 
 from medrobust.batch.faults import CaseError
 from medrobust.batch.stream import Stream
@@ -116,9 +116,9 @@ def read_header(path: str | os.PathLike[str]) -> Instance:
     """
     with Stream(path, sniff=False) as stream:
         file = io.BufferedReader(stream.file, PEEK)
-        syntax = transfer_syntax(file.peek(PEEK))
         try:
             with quiet():
+                syntax = transfer_syntax(file.peek(PEEK))
                 found = pydicom.dcmread(
                     _Bounded(file, stream.size),  # type: ignore[arg-type]
                     stop_before_pixels=True,
@@ -175,26 +175,25 @@ def is_dicom(head: bytes) -> bool:
 
 
 def transfer_syntax(head: bytes) -> str:
-    """How the data set of a file is written, from the file meta information, which is always plain.
+    """How the data set of a file is written, from the file meta information, as pydicom will take it.
 
     Raises:
         CaseError: the file is no DICOM file, or its header is compressed, which can make any size of a few bytes.
     """
     if not is_dicom(head):
         raise CaseError("not-dicom", "the file has no DICOM mark at byte 128")
-    place = 132
-    while place + 12 <= len(head) and head[place : place + 2] == b"\2\0":
-        element, vr = head[place + 2 : place + 4], head[place + 4 : place + 6]
-        long = vr in (b"OB", b"OW", b"UN", b"UT", b"SQ")
-        (length,) = struct.unpack_from("<I" if long else "<H", head, place + (8 if long else 6))
-        place += 12 if long else 8
-        if element == b"\x10\0":
-            syntax = head[place : place + length].decode("ascii", "replace").strip(" \0")
-            if syntax == DEFLATED:
-                raise CaseError("compressed", "the header is deflated: save the files in another transfer syntax")
-            return syntax
-        place += length
-    raise CaseError("bad-dicom", "the file does not say how it is written (no transfer syntax)")
+    file = io.BytesIO(head)
+    file.seek(132)
+    try:
+        meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, *_: tag >> 16 != 2)
+        syntax = str(meta[0x00020010].value).strip(" \0")
+    except Exception as error:
+        raise CaseError("bad-dicom", f"the file does not say how it is written ({type(error).__name__})") from None
+    if len(head) >= PEEK and file.tell() >= len(head):
+        raise CaseError("bad-dicom", "the file meta information does not end where it should")
+    if syntax == DEFLATED:
+        raise CaseError("compressed", "the header is deflated: save the files in another transfer syntax")
+    return syntax
 
 
 def instance_of(found: Dataset, syntax: str) -> Instance:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from pydicom.sr.coding import Code
 from pydicom.valuerep import DA, TM
 
 from medrobust import __version__
-from medrobust.atomic import replacing
+from medrobust.atomic import WRITING, replacing
 from medrobust.batch.commit import digest_of
 from medrobust.batch.dicom_codes import Segment, segments_of
 from medrobust.batch.dicom_grid import Grid
@@ -116,6 +117,8 @@ class SegWriter:
             path = self.path_of(key)
             for folder in (self.private, path.parent.parent, path.parent):
                 folder.mkdir(exist_ok=True, mode=0o700)
+            for left in path.parent.glob(WRITING + "*"):  # of a worker that was killed; we hold the case's lock
+                shutil.rmtree(left, ignore_errors=True)
             with replacing(path) as partial:
                 seg.save_as(partial)
                 _verify(partial, sheet)

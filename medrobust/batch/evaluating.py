@@ -7,13 +7,14 @@ says which of them has it, and another who may join.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 
@@ -99,7 +100,7 @@ class Evaluator:
             return {"case": task.key, "status": "busy"}
 
     def _held(self, run: Run, task: Case, tell: Tell) -> dict[str, Any]:
-        part = self._part(task)
+        part = self.part(task)
         if not run.missing(task.key, run.done()):
             shutil.rmtree(part, ignore_errors=True)
             self._note(task.key, None)
@@ -108,7 +109,7 @@ class Evaluator:
         own = replace(run, folder=part, failures={})
         own.evaluate([task.paths], lambda _, what: tell(what), names=[task.key])
         tell("joining")
-        with hold(self.state / "merge", wait=LONGEST_MERGE):
+        with joining(self.folder):
             merge(part, self.folder, task.key)
         why = own.failures.get(task.key)
         if why:
@@ -119,23 +120,37 @@ class Evaluator:
         """A worker was lost with this case: what it had finished is joined, the rest is its failure."""
         try:
             with hold(self._lock(task), wait=5.0):
-                if self._part(task).is_dir():
-                    with hold(self.state / "merge", wait=LONGEST_MERGE):
-                        merge(self._part(task), self.folder, task.key)
+                if self.part(task).is_dir():
+                    with joining(self.folder):
+                        merge(self.part(task), self.folder, task.key)
                 self._note(task.key, fault.message)
         except BusyError:
             return {"case": task.key, "status": "busy"}
         return {"case": task.key, "status": "failed", "code": fault.code, "reason": fault.message, **about}
 
     def _lock(self, task: Case) -> Path:
-        return self.state / "locks" / quote(task.key, safe="")
+        return self.state / "locks" / _short(task.key)
 
-    def _part(self, task: Case) -> Path:
-        return self.state / "cases" / quote(task.key, safe="")
+    def part(self, task: Case) -> Path:
+        """The folder of a case until it is joined."""
+        return self.state / "cases" / _short(task.key)
 
     def _note(self, case: str, why: str | None) -> None:
-        with hold(self.state / "merge", wait=LONGEST_MERGE):
+        with joining(self.folder):
             note_failure(self.folder, case, why)
+
+
+def _short(key: str) -> str:
+    """A file name for any name of a case, however long."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+@contextmanager
+def joining(folder: Path) -> Iterator[None]:
+    """Be the only one who writes to the folder of a run that others may be sharing."""
+    (folder / ".state").mkdir(parents=True, exist_ok=True)
+    with hold(folder / ".state" / "merge", wait=LONGEST_MERGE):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +202,7 @@ def evaluate(
     evaluator = Evaluator(make=make, folder=run.folder, threads=threads)
     for folder in ("locks", "cases"):
         (evaluator.state / folder).mkdir(parents=True, exist_ok=True)
-    with hold(evaluator.state / "merge", wait=LONGEST_MERGE):
+    with joining(run.folder):
         sweep(run.folder)
         run.check_settings(mine)
     expect(len(mine))
@@ -207,6 +222,6 @@ def evaluate(
         Night(work=evaluator, runner=runner, log=log).run([Case(key=key, paths=mine[key]) for key in mine])
     finally:
         runner.close()
-    with hold(evaluator.state / "merge", wait=LONGEST_MERGE):
+    with joining(run.folder):
         in_order(run.folder, names, [(one.name, one.protocol) for one in run.conditions])
         run.failures.update({case: why for case, why in read_failures(run.folder).items() if case in mine})

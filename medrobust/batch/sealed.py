@@ -64,14 +64,15 @@ class Unsealed:
 
     def __call__(self, sealed: Sealed, tell: Tell) -> Any:
         task = sealed.open()
-        return look(self.terms.view) if task is None else self.work(task, tell)
+        return look(self.terms) if task is None else self.work(task, tell)
 
 
-def look(view: Sealed) -> dict[str, str]:
-    """What this machine sees, beginning with what computes here."""
+def look(terms: Terms) -> dict[str, str]:
+    """What this machine sees, beginning with what computes here, and whether the work can be opened here."""
     from medrobust.records import versions
 
     try:
-        return {"versions": versions(), **view.open()()}
+        terms.work.open()
+        return {"versions": versions(), **terms.view.open()()}
     except (ImportError, AttributeError, TypeError) as error:  # another version pickles other things
-        return {"versions": versions(), "view": type(error).__name__}
+        return {"versions": versions(), "work": type(error).__name__}

@@ -8,12 +8,15 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medrobust.batch.commit import Store
 from medrobust.batch.recipe import Recipe
 
 HEAD = 1 << 16
+READERS = ("nibabel", "SimpleITK", "pydicom", "highdicom", "pylibjpeg", "pylibjpeg-openjpeg", "pyjpegls")
+"""What reads and writes files: a machine without one of them would refuse what another takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class Sight:
 
     def __call__(self) -> dict[str, str]:
         return {
+            "readers": " ".join(f"{name} {_version(name)}" for name in READERS),
             "bundle": _told(lambda: self.recipe.digest),
             "INPUT": _told(lambda: _mark(self.example) if self.example else "empty"),
             "OUTPUT": _told(lambda: _mark(self.note)),
@@ -43,6 +47,13 @@ class Sight:
             "writing to the private folder": _told(lambda: _writable(self.details)),
             "locks of OUTPUT": _told(lambda: _locked(self.store.state / "settings.lock")),
         }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _told(find: Callable[[], str]) -> str:
