@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 Head = Literal["softmax", "sigmoid"]
 
@@ -122,6 +123,19 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+_RANGES = WeakIdKeyDictionary()
+
+
+def _range_of(label: Tensor) -> tuple[float, float]:
+    """Smallest and largest value; asked once of a label, since attacks come with the same one in every step."""
+    if label.is_inference():  # these do not tell when they are changed
+        return label.min().item(), label.max().item()
+    known: tuple[int, float, float] | None = _RANGES.get(label)
+    if known is None or known[0] != label._version:
+        known = _RANGES[label] = (label._version, label.min().item(), label.max().item())
+    return known[1:]
+
+
 def check_label(logits: Tensor, label: Tensor, head: Head) -> None:
     """Refuse a label that the head cannot be compared with.
 
@@ -136,7 +150,7 @@ def check_label(logits: Tensor, label: Tensor, head: Head) -> None:
             f"got {tuple(label.shape)}. Is the head right, and does the label lie on the image's grid?"
         )
     classes = logits.shape[1] if channels == 1 and logits.shape[1] > 1 else 2
-    low, high = label.min().item(), label.max().item()
+    low, high = _range_of(label)
     if low < IGNORED or high >= classes:
         raise ValueError(
             f"expected label values in 0..{classes - 1} for logits {tuple(logits.shape)} and a {head} head, "

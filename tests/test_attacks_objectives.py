@@ -10,7 +10,7 @@ from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor
 
 from medrobust.attacks import CrossEntropy, DiceCE, SoftDice
-from medrobust.attacks.objectives import Head, predict
+from medrobust.attacks.objectives import Head, check_label, predict
 
 SIZE = (5, 6, 4)
 
@@ -106,3 +106,22 @@ def test_labels_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"label values in 0\.\.3"):
         SoftDice()(logits, label + 1)
     assert math.isfinite(SoftDice()(logits, label).sum().item())
+
+
+def test_a_label_that_is_changed_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attacks ask about the same label in every step: its values are read, and the device waited for, once."""
+    looks = []
+    monkeypatch.setattr(torch.Tensor, "item", lambda self, item=torch.Tensor.item: looks.append(1) or item(self))
+    logits, label = torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.long)
+    for _ in range(5):
+        check_label(logits, label, "softmax")
+    assert len(looks) == 2
+    label[0, 0, 0, 0] = 3
+    with pytest.raises(ValueError, match=r"expected label values in 0\.\.2"):
+        check_label(logits, label, "softmax")
+    with torch.inference_mode():
+        other = torch.zeros(1, 1, 4, 4)
+        check_label(logits, other, "softmax")
+        other += 7
+        with pytest.raises(ValueError, match=r"got 7\.\.7"):
+            check_label(logits, other, "softmax")
