@@ -122,6 +122,7 @@ def test_exactly_one_seg_a_series(tmp_path: Path, server: orthanc.Orthanc, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(Orthanc, "remove", away)
+        patch.setattr(Orthanc, "probe", away)
         assert run(state, bundle).exit_code == 5
     assert len(server.segs()) == 4
     result = run(state, bundle)
@@ -129,6 +130,13 @@ def test_exactly_one_seg_a_series(tmp_path: Path, server: orthanc.Orthanc, monke
     again = server.segs()
     assert len(again) == 3
     assert len({one["id"] for one in again} & {one["id"] for one in found}) == 2
+
+    # Another kind of SEG is another model: all are done again, and what the first had made is taken away.
+    result = run(state, bundle, "--restart", "--dicom-seg", "labelmap")
+    assert (result.exit_code, counts(state)["done"]) == (3, 3), result.output
+    others = server.segs()
+    assert len(others) == 3
+    assert {one["id"] for one in others} & {one["id"] for one in again} == set()
 
     # A new archive under the same address counts from the beginning; what was done stays done.
     assert [one.place for one in Orthanc(server=_server()).arrivals(10**6)]

@@ -4,6 +4,7 @@ Each series is done at least once, and its SEG has UIDs that follow from the ser
 bundle: what is stored again is what the archive has already. So a SEG is there exactly once, wherever this was killed.
 
 ```
+STATE/archive                   hash of the address that all this is about
 STATE/position.json, series/    how far; what became of each series
 STATE/in/                       instances that are being worked on; gone when their series is done
 STATE/out/, out.private/        the folders of the batch; the SEG files are in the private one
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydicom
 
@@ -34,14 +35,17 @@ from medrobust.batch.dicom_seg import SegWriter
 from medrobust.batch.discovery import Search, discover
 from medrobust.batch.faults import Exit, RunError
 from medrobust.batch.logs import Log
-from medrobust.batch.pacs_http import AwayError, GoneError, RefusedError
+from medrobust.batch.pacs_http import AwayError, DeniedError, GoneError, RefusedError
 from medrobust.batch.pacs_sources import Series, Source
 
 AT_ONCE = 8
 """Series that are fetched before the batch begins with them."""
 LONGEST_PAUSE = 300.0
 MARK, STORED = ".instances", "stored"
+DOUBLINGS = 10
+"""Of the pause, at most: an archive may stay away for as many questions as no number has room for."""
 Work = Callable[[Path, Path], Exit]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,20 @@ class Memory:
         except OSError as error:
             raise RunError(Exit.OUTPUT, f"STATE cannot be written to: {error.strerror}") from None
 
+    def bind(self, url: str) -> None:
+        """Tie STATE to its archive: positions and what was stored mean nothing in another.
+
+        Raises:
+            RunError: it is tied to another.
+        """
+        path, proof = self.state / "archive", hashlib.sha256(url.rstrip("/").encode()).hexdigest()
+        if not path.exists():
+            write_text(path, proof + "\n")
+        if path.read_text(encoding="ascii", errors="replace").strip() != proof:
+            raise RunError(
+                Exit.USAGE, "STATE is that of another URL: choose another STATE (or remove STATE/archive, if it moved)"
+            )
+
     def position(self, first: Any) -> Any:
         """Where to go on; ``first`` where nothing is known."""
         return _read(self.state / "position.json").get("position", first)
@@ -104,7 +122,9 @@ class Desk:
     Args:
         work: does all cases of a folder, and keeps results and SEG files in another (``medrobust batch``).
         modalities: of the series that are fetched; the SEG that we store are of none of these.
+        model: what makes the SEG, as JSON; a series that another model has done is not done.
         again: do series once more that had failed or were rejected.
+        once: do not wait for a series of which the archive lists a part only.
         counts: how many series went which way.
     """
 
@@ -113,7 +133,9 @@ class Desk:
     work: Work
     log: Log
     modalities: tuple[str, ...]
+    model: Mapping[str, Any] = field(default_factory=dict)
     again: bool = False
+    once: bool = False
     counts: dict[str, int] = field(default_factory=dict)
 
     def drain(self) -> None:
@@ -128,6 +150,9 @@ class Desk:
                     self._finish(jobs, position)
                     jobs = {}
             self._finish(jobs, position)
+            if self.source.skipped != self.counts.get("skipped", 0):  # told once, not each time
+                self.counts["skipped"] = self.source.skipped
+                self.log("skipped", level="warning", count=self.source.skipped)
         except BaseException:
             self.source.again()
             raise
@@ -139,54 +164,112 @@ class Desk:
             try:
                 self.drain()
                 troubles = 0
-            except (AwayError, RefusedError) as error:
+            except (AwayError, GoneError, RefusedError) as error:
                 troubles += 1
                 self.log("away", level="error", reason=str(error))
-            sleep(min(poll * 2**troubles, max(LONGEST_PAUSE, poll)))
+            sleep(min(poll * 2 ** min(troubles, DOUBLINGS), max(LONGEST_PAUSE, poll)))
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        """Ask the archive for something of one series, which must not keep all others waiting.
+
+        Raises:
+            AwayError, RunError: the archive answers nothing else either.
+            RefusedError: it answers, but not this; asked twice, since it may have been away and come back.
+        """
+        asked = 0
+        while True:
+            try:
+                return ask()
+            except (AwayError, DeniedError) as error:
+                try:
+                    self.source.probe()
+                except (GoneError, RefusedError):
+                    raise error from None
+                asked += 1
+                if asked == 2:
+                    raise RefusedError(f"for this series alone: {error}") from None
 
     def _receive(self, place: str) -> dict[str, Series]:
         """Fetch a series if it is one for us and not done yet."""
         try:
-            series = self.source.series(place)
+            series = self._ask(lambda: self.source.series(place))
         except GoneError:
             self._count("gone")
             return {}
         except RefusedError as error:
             self._count("failed")
-            self.log("failed", level="error", reason=str(error))
+            self.log("failed", level="error", code="archive", reason=str(error))
             return {}
-        if series.modality not in self.modalities or not series.instances:
+        if series.modality not in self.modalities:
             self._count("passed-over")
             return {}
-        name, digest = self._name(series), _digest(series)
+        name, about, count = self._name(series), self._about(series), len(series.instances)
+        if series.expected not in (None, count):
+            self._incomplete(place, name, f"the archive says {series.expected} instances, and lists {count}")
+            return {}
+        if not count:
+            self._count("passed-over")
+            return {}
         before = self.memory.record(name)
         ended = ("done",) if self.again else ("done", "failed", "rejected")
-        if before.get("instances") == digest and before["status"] in ended:
+        if all(before.get(key) == value for key, value in about.items()) and before["status"] in ended:
             self._count("known")
             return {}
-        self.log("fetch", series=name, instances=len(series.instances), late=bool(before))
+        self.log("fetch", series=name, instances=count, late=bool(before))
         try:
-            self._fetch(name, series, digest)
+            self._fetch(name, series)
         except GoneError:
-            self._count("gone")
+            if self._gone(place):
+                self._count("gone")
+            else:
+                self._fail(name, "the archive lists an instance that it does not have", about)
             return {}
         except RefusedError as error:
-            self._keep(name, {"instances": digest, "status": "failed", "code": "archive", "reason": str(error)})
+            self._fail(name, str(error), about)
             return {}
         return {name: series}
 
-    def _fetch(self, name: str, series: Series, digest: str) -> None:
+    def _about(self, series: Series) -> dict[str, Any]:
+        """What a series has to be the same in to be known."""
+        return {"instances": _digest(series), "model": dict(self.model)}
+
+    def _incomplete(self, place: str, name: str, reason: str) -> None:
+        if self.once:
+            self._fail(name, reason, {})  # without its instances: the next run asks again
+        else:
+            self.log("incomplete", level="warning", series=name, reason=reason)
+            self.source.later(place)
+
+    def _gone(self, place: str) -> bool:
+        """Whether the whole series is."""
+        try:
+            return not self._ask(lambda: self.source.series(place)).instances
+        except GoneError:
+            return True
+        except RefusedError:
+            return False
+
+    def _fail(self, name: str, reason: str, about: Mapping[str, Any]) -> None:
+        """The archive is at fault. What we stored of the series earlier is not forgotten."""
+        before = self.memory.record(name)
+        kept: dict[str, Any] = {key: before[key] for key in ("stored", "superseded") if key in before}
+        self._keep(name, {**kept, **about, "status": "failed", "code": "archive", "reason": reason})
+
+    def _fetch(self, name: str, series: Series) -> None:
         target, partial = self.memory.inbox / name, self.memory.fetching / name
-        mark = target / MARK
+        mark, digest = target / MARK, _digest(series)
         if mark.is_file() and mark.read_text(encoding="ascii") == digest:
             return
         for folder in (target, partial):
             shutil.rmtree(folder, ignore_errors=True)
         partial.mkdir(mode=0o700)
         for uid, where in series.instances.items():
-            self.source.fetch(where, partial / f"{hashlib.sha256(uid.encode()).hexdigest()[:32]}.dcm")
+            self._get(where, partial / f"{hashlib.sha256(uid.encode()).hexdigest()[:32]}.dcm")
         (partial / MARK).write_text(digest, encoding="ascii")
         os.rename(partial, target)
+
+    def _get(self, where: str, path: Path) -> None:
+        self._ask(lambda: self.source.fetch(where, path))
 
     def _finish(self, jobs: Mapping[str, Series], position: Any) -> None:
         if jobs:
@@ -217,23 +300,25 @@ class Desk:
     def _settle(self, name: str, series: Series, keys: list[str]) -> None:
         """Store what was made of a series, and write down what became of it."""
         store = Store(self.memory.output)
-        results = [store.done(key, None, check=False) or store.failed(key) for key in keys]
-        record: dict[str, Any] = {"instances": _digest(series), "count": len(series.instances)}
-        done = [one for one in results if one and one["status"] == "done"]
+        results = [store.done(key, None, check=False) or store.failed(key) or {} for key in keys]
+        stored: list[str] = []
+        faults: list[Mapping[str, Any]] = [] if results else [{}]
+        for one in results:
+            if one.get("status") != "done":
+                faults.append(one)
+                continue
+            try:
+                stored.append(self._store(one))
+            except (GoneError, RefusedError) as error:
+                faults.append({"status": "failed", "code": "not-stored", "reason": str(error)})
         before = self.memory.record(name)
         old = {*before.get("stored", []), *before.get("superseded", [])}
-        if not done:
-            fault: Mapping[str, Any] = next((one for one in results if one), {})
-            about = {"status": fault.get("status", "rejected"), "code": fault.get("code", "no-volume")}
-            self._keep(name, {**record, **about, "reason": fault.get("reason", ""), "superseded": sorted(old)})
+        record = {**self._about(series), "count": len(series.instances), "stored": stored}
+        record |= {"status": STORED, "superseded": sorted(old - {*stored})}
+        if faults:  # which of the earlier SEG were of the cases that failed now is not known: all of them stay
+            fault = {"status": "rejected", "code": "no-volume", "reason": "", **faults[0]}
+            self._keep(name, {**record, **{key: fault[key] for key in ("status", "code", "reason")}})
             return
-        try:
-            stored = [self._store(one) for one in done]
-        except RefusedError as error:
-            about = {"status": "failed", "code": "not-stored", "reason": str(error)}
-            self._keep(name, {**record, **about, "superseded": sorted(old)})
-            return
-        record |= {"status": STORED, "stored": stored, "superseded": sorted(old - {*stored})}
         self.memory.keep(name, record)  # so that what is to be taken away is known if the archive goes away now
         left = [uid for uid in record["superseded"] if not self._remove(uid)]
         if left:
@@ -246,14 +331,15 @@ class Desk:
         if not done.get("dicom_seg") or not writer.holds(done["case"], done):
             raise RefusedError("the SEG of a case is not the one that was written")
         path = writer.path_of(done["case"])
-        self.source.store(path.read_bytes())
+        content = path.read_bytes()
+        self._ask(lambda: self.source.store(content))
         return str(
             pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).SeriesInstanceUID
         )
 
     def _remove(self, uid: str) -> bool:
         try:
-            return self.source.remove(uid)
+            return self._ask(lambda: self.source.remove(uid))
         except (GoneError, RefusedError):
             return False
 

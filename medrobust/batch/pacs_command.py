@@ -25,17 +25,19 @@ def pacs(
     dicomweb: Annotated[bool, typer.Option("--dicomweb", help="Ask by QIDO-RS instead of following Orthanc.")] = False,
     once: Annotated[bool, typer.Option("--once", help="Do what is there now, and end.")] = False,
     modality: Annotated[
-        list[str] | None, typer.Option(help="Of the series to segment; default: the bundle's. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Of the series to segment: CT, MR, PT, or any; default: the bundle's. Repeatable."),
     ] = None,
     dicom_seg: Annotated[str, typer.Option("--dicom-seg", help="Kind of SEG: binary or labelmap.")] = "binary",
     restart: Annotated[
-        bool, typer.Option("--restart", help="From the first change on; do failed series again.")
+        bool,
+        typer.Option("--restart", help="From the first change on; do series again that failed or another bundle did."),
     ] = False,
     poll: Annotated[float, typer.Option(help="Seconds between two questions.", min=0.1)] = 5,
     settle: Annotated[float, typer.Option(help="With --dicomweb: seconds without a new instance.", min=0)] = 60,
     days: Annotated[int, typer.Option(help="With --dicomweb: only studies of so many days; 0: all.", min=0)] = 3,
     credentials: Annotated[
-        Path | None, typer.Option(help="netrc file; else MEDROBUST_PACS_USER, _PASSWORD or _TOKEN is used.")
+        Path | None, typer.Option(help="netrc file, used instead of MEDROBUST_PACS_USER, _PASSWORD and _TOKEN.")
     ] = None,
     ca: Annotated[Path | None, typer.Option(help="Certificates (PEM) to trust instead of the system's.")] = None,
     plain_http: Annotated[
@@ -71,7 +73,7 @@ def pacs(
             )
         if dicom_seg not in ("binary", "labelmap"):
             raise RunError(Exit.USAGE, f"expected --dicom-seg binary or labelmap, got {dicom_seg!r}")
-        options["modality"] = modality or _modality(bundle)
+        options["modality"] = _modalities(modality or [], bundle)
         code = _run(
             state,
             options,
@@ -86,6 +88,7 @@ def pacs(
             asking={"settle": settle, "days": days} if dicomweb else None,
             modalities=tuple(options["modality"]),
             once=once,
+            model=_model(options),
             restart=restart,
             poll=poll,
             quiet=quiet,
@@ -111,6 +114,7 @@ def _run(
     connection: dict[str, Any],
     asking: dict[str, Any] | None,
     modalities: tuple[str, ...],
+    model: dict[str, Any],
     once: bool,
     restart: bool,
     poll: float,
@@ -119,7 +123,7 @@ def _run(
     from medrobust.batch.faults import Exit, RunError
     from medrobust.batch.locks import BusyError, hold
     from medrobust.batch.logs import Log
-    from medrobust.batch.pacs_http import AwayError, RefusedError, connect
+    from medrobust.batch.pacs_http import AwayError, GoneError, RefusedError, connect
 
     try:
         from medrobust.batch.pacs import Desk, Memory
@@ -135,13 +139,17 @@ def _run(
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise RunError(Exit.OUTPUT, f"STATE cannot be made: {error.strerror}") from None
+    if state.stat().st_mode & 0o077:
+        raise RunError(Exit.USAGE, "expected a STATE that only its owner may look into (chmod 700), for patient data")
     try:
         with hold(state / "lock"), Log(state / "pacs.jsonl", quiet=quiet) as log, terminable():
+            memory.bind(connection["url"])
             memory.prepare()
             if restart:
                 memory.move(source.first)
             work = partial(_work, options)
-            desk = Desk(source=source, memory=memory, work=work, log=log, modalities=modalities, again=restart)
+            desk = Desk(source=source, memory=memory, work=work, log=log, modalities=modalities)
+            desk.model, desk.again, desk.once = model, restart, once
             log("begin", once=once)
             if not once:
                 desk.follow(poll)
@@ -156,7 +164,7 @@ def _run(
             return code
     except BusyError:
         raise RunError(Exit.HELD, "STATE is held by another run: wait, or choose another") from None
-    except (AwayError, RefusedError) as error:
+    except (AwayError, GoneError, RefusedError) as error:
         raise RunError(Exit.INPUT, str(error)) from None
 
 
@@ -176,12 +184,25 @@ def _work(options: dict[str, Any], inbox: Path, output: Path) -> Exit:
     return Exit.DONE
 
 
-def _modality(bundle: Path) -> list[str]:
-    """What the bundle says it was made for."""
+def _modalities(wanted: list[str], bundle: Path) -> list[str]:
+    """What was asked for, or what the bundle says it was made for; sorted, each once."""
     from medrobust.batch.faults import Exit, RunError
+    from medrobust.batch.nifti import MODALITIES
     from medrobust.batch.recipe import Recipe
 
-    found = Recipe(root=bundle).modality
-    if not found:
-        raise RunError(Exit.USAGE, "expected --modality: the bundle's metadata names none, such as CT")
-    return [found]
+    known = f"{', '.join(MODALITIES)} or any"
+    if unknown := sorted({*wanted} - {*MODALITIES, "any"}):
+        raise RunError(Exit.USAGE, f"expected --modality {known}, got {', '.join(unknown)}")
+    found = MODALITIES if "any" in wanted else wanted or [Recipe(root=bundle).modality]
+    if not {*found} <= {*MODALITIES}:
+        raise RunError(Exit.USAGE, f"expected --modality {known}: the bundle's metadata names none of these")
+    return sorted({*found})
+
+
+def _model(options: dict[str, Any]) -> dict[str, Any]:
+    """What decides what a series' SEG becomes."""
+    from medrobust.batch.recipe import Recipe
+
+    recipe = Recipe(root=options["bundle"], trusted=options["trust_bundle"], weights=options["weights"])
+    recipe.check()
+    return {"bundle": recipe.digest, "dicom_seg": options["dicom_seg"], "modalities": options["modality"]}

@@ -8,6 +8,7 @@ numbers, no address, no UID and no credentials.
 from __future__ import annotations
 
 import base64
+import errno
 import http.client
 import netrc
 import os
@@ -28,6 +29,8 @@ USER, PASSWORD, TOKEN = "MEDROBUST_PACS_USER", "MEDROBUST_PACS_PASSWORD", "MEDRO
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Answers that another try may not meet."""
+AWAY = (errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET)
+"""Errors of the network that Python has no class for; any other may be the disk's."""
 LARGEST_ANSWER = 1 << 28
 LARGEST_INSTANCE = 1 << 33
 LONGEST_PAUSE = 60.0
@@ -43,6 +46,10 @@ class AwayError(Exception):
 
 class RefusedError(Exception):
     """The archive does not want this request, however often it comes."""
+
+
+class DeniedError(RunError):
+    """The archive refuses the credentials: for all that it has, or for one study."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +112,8 @@ class Server:
         """One request, as often as it makes sense.
 
         Raises:
-            AwayError, GoneError, RefusedError: see there.
-            RunError: the credentials are not accepted.
+            AwayError, DeniedError, GoneError, RefusedError: see there.
+            RunError: its certificate is not trusted.
         """
         request = urllib.request.Request(
             f"{self.url}/{path.lstrip('/')}", data=body, headers={**self.headers, **headers}, method=method
@@ -121,11 +128,11 @@ class Server:
             except urllib.error.HTTPError as error:
                 error.close()
                 if error.code in (401, 403):
-                    raise RunError(
+                    raise DeniedError(
                         Exit.USAGE, f"the archive refuses these credentials ({error.code}): set {USER} and {PASSWORD}"
                     ) from None
                 if error.code in (404, 410):
-                    raise GoneError(str(error.code)) from None
+                    raise GoneError(f"the archive answers {error.code}") from None
                 if error.code not in PASSING:
                     raise RefusedError(f"the archive answers {error.code}") from None
                 why = f"it answers {error.code}"
@@ -137,6 +144,10 @@ class Server:
                 why = _word(error.reason)
             except (TimeoutError, ConnectionError, http.client.HTTPException, ssl.SSLError) as error:
                 why = _word(error)
+            except OSError as error:
+                if error.errno not in AWAY:
+                    raise
+                why = errno.errorcode[error.errno or 0]
         raise AwayError(f"the archive cannot be reached: {why}, tried {self.tries} times")
 
     @property
@@ -180,9 +191,10 @@ def _whole(answer: Any, size: int) -> None:
 def connect(
     url: str, credentials: Path | None = None, authority: Path | None = None, *, plain: bool = False, **settings: Any
 ) -> Server:
-    """An archive, with the credentials of the environment, which are taken out of it, or of a netrc file.
+    """An archive, with the credentials of a netrc file, or of the environment, which are taken out of it.
 
     Args:
+        credentials: the file; where there is one, the environment's are not used.
         authority: certificates (PEM) to trust instead of the system's.
         plain: allow HTTP without TLS to another machine.
 
@@ -200,8 +212,8 @@ def connect(
         )
     headers = {}
     name, word, token = (os.environ.pop(one, "") for one in (USER, PASSWORD, TOKEN))
-    if not (name or token) and credentials is not None:
-        name, word = _from_file(credentials, parts.hostname)
+    if credentials is not None:
+        (name, word), token = _from_file(credentials, parts.hostname), ""
     if token:
         headers["Authorization"] = f"Bearer {token}"
     elif name:

@@ -37,11 +37,16 @@ class Arrival:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """What a series is: its UID, its modality, and SOPInstanceUID -> where to fetch that instance."""
+    """What a series is: its UID, its modality, and SOPInstanceUID -> where to fetch that instance.
+
+    Attributes:
+        expected: how many instances the archive says it has; ``None``: it does not say.
+    """
 
     uid: str
     modality: str
     instances: Mapping[str, str]
+    expected: int | None = None
 
 
 class Source(Protocol):
@@ -65,12 +70,22 @@ class Source(Protocol):
     def remove(self, series_uid: str) -> bool:
         """Delete a SEG series of ours; ``False`` where this cannot be done."""
 
+    def probe(self) -> None:
+        """Ask for something cheap that is of no series; raises what the archive as a whole is in trouble with."""
+
     def again(self) -> None:
         """What ``arrivals`` told may not have been done."""
+
+    def later(self, place: str) -> None:
+        """Tell of a series once more when some time has passed, each time a longer one."""
 
     @property
     def waiting(self) -> bool:
         """Whether more will arrive if one waits a little."""
+
+    @property
+    def skipped(self) -> int:
+        """How many series the last ``arrivals`` could not tell of, since the archive names them by what is no name."""
 
 
 @dataclass(kw_only=True)
@@ -81,13 +96,20 @@ class Orthanc:
     first: Any = 0
 
     waiting: bool = False
+    skipped: int = 0
 
     def arrivals(self, position: Any) -> Iterator[Arrival]:
         with understood():
             yield from self._arrivals(int(position))
 
+    def probe(self) -> None:
+        self.server.get("changes?last")
+
     def again(self) -> None:
         """The position says where to go on."""
+
+    def later(self, place: str) -> None:
+        """All instances are in one answer."""
 
     def _arrivals(self, since: int) -> Iterator[Arrival]:
         if since > int(_object(self.server.get("changes?last")).get("Last", 0)):
@@ -143,27 +165,41 @@ class DicomWeb:
     days: int = 3
     settle: float = 60.0
     first: Any = None
+    skipped: int = 0
     _seen: dict[str, _Sight] = field(default_factory=dict)
 
     def arrivals(self, position: Any) -> Iterator[Arrival]:
         """There is no position to save: what was done is known by its instances."""
         before, now = self._seen, time.monotonic()
-        self._seen = {}
+        self._seen, skipped = {}, 0
         with understood():
             for modality in self.modalities:
-                for row in self._rows(modality):
-                    place = f"studies/{_uid(_value(row, STUDY))}/series/{_uid(_value(row, SERIES))}"
-                    sight = _Sight(count=int(_value(row, COUNT) or 0), modality=modality, since=now)
+                for row in self._paged(self._question(modality), SERIES):
+                    try:
+                        place = f"studies/{_uid(_value(row, STUDY))}/series/{_uid(_value(row, SERIES))}"
+                        sight = _Sight(count=int(_value(row, COUNT) or 0), modality=modality, since=now)
+                    except (RefusedError, TypeError, ValueError, OverflowError):  # all others are done
+                        skipped += 1
+                        continue
                     known = before.get(place)
                     self._seen[place] = known if known and known.count == sight.count else sight
+            self.skipped = skipped
             for place, sight in list(self._seen.items()):
                 if not sight.told and now - sight.since >= self.settle:
                     sight.told = True
                     yield Arrival(place=place, position=None)
 
+    def probe(self) -> None:
+        self.server.get(f"{self._question(self.modalities[0])}limit=1", "application/dicom+json")
+
     def again(self) -> None:
         for sight in self._seen.values():
             sight.told = False
+
+    def later(self, place: str) -> None:
+        sight = self._seen[place]
+        sight.told, sight.delays = False, min(sight.delays + 1, 10)
+        sight.since = time.monotonic() + max(self.settle, 1.0) * (2**sight.delays - 1)
 
     @property
     def waiting(self) -> bool:
@@ -171,11 +207,12 @@ class DicomWeb:
 
     def series(self, place: str) -> Series:
         with understood():
-            instances = [_uid(_value(row, INSTANCE)) for row in self._paged(f"{place}/instances?")]
+            instances = [_uid(_value(row, INSTANCE)) for row in self._paged(f"{place}/instances?", INSTANCE)]
             return Series(
                 uid=place.rpartition("/")[2],
                 modality=self._seen[place].modality,
                 instances={uid: f"{place}/instances/{uid}" for uid in instances},
+                expected=self._seen[place].count or None,
             )
 
     def fetch(self, where: str, target: Path) -> None:
@@ -188,31 +225,36 @@ class DicomWeb:
     def remove(self, series_uid: str) -> bool:
         return False
 
-    def _rows(self, modality: str) -> Iterator[Mapping[str, Any]]:
+    def _question(self, modality: str) -> str:
         words = f"{MODALITY}={modality}&includefield={COUNT}&"
         if self.days:
             begin = time.strftime("%Y%m%d", time.gmtime(time.time() - 86400 * self.days))
             words += f"{STUDY_DATE}={begin}-&"
-        return self._paged(f"series?{words}")
+        return f"series?{words}"
 
-    def _paged(self, path: str) -> Iterator[Mapping[str, Any]]:
-        offset = 0
+    def _paged(self, path: str, tag: str) -> Iterator[Mapping[str, Any]]:
+        """Each row once, by its ``tag``. A page without a new one ends: some archives cap pages, or know no offset."""
+        offset, seen = 0, set[str]()
         while True:
             rows = _rows(self.server.get(f"{path}limit={PAGE}&offset={offset}", "application/dicom+json"))
-            yield from rows
-            offset += len(rows)
-            if len(rows) < PAGE:
+            new = {str(_value(row, tag) or row): row for row in rows}
+            new = {name: row for name, row in new.items() if name not in seen}
+            if not new:
                 return
+            yield from new.values()
+            seen.update(new)
+            offset += len(rows)
 
 
 @dataclass(kw_only=True)
 class _Sight:
-    """How many instances a series had, and since when."""
+    """How many instances a series had (0: the archive does not say), and since when."""
 
     count: int
     modality: str
     since: float
     told: bool = False
+    delays: int = 0
 
 
 @contextmanager
@@ -220,7 +262,7 @@ def understood() -> Iterator[None]:
     """An answer that is not what the standard says is refused, whatever it holds."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RefusedError(f"the archive's answer is not understood ({type(error).__name__})") from None
 
 
