@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ import small_bundle
 from distributed import Client
 from typer.testing import CliRunner
 
+from medrobust.batch import sight
 from medrobust.batch.cluster import Cluster
+from medrobust.batch.commit import Store
 from medrobust.batch.faults import Exit, RunError
+from medrobust.batch.recipe import Recipe
+from medrobust.batch.sight import Sight
 from medrobust.batch.workers import Event
 from medrobust.cli import app
 
@@ -231,3 +236,29 @@ def test_mistakes(tmp_path: Path, words: tuple[object, ...], message: str) -> No
     assert code == 2
     assert message in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_that_reads_files_with_something_else_sees_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would refuse a series that the others take."""
+    store = Store(tmp_path / "out")
+    store.prepare()
+    note = store.state / "runs" / "a.json"
+    note.write_text("{}")
+    (store.state / "settings.lock").touch()
+    recipe = Recipe(root=small_bundle.make(tmp_path / "bundle"), trusted=True)
+    sight_of = Sight(recipe=recipe, store=store, note=note, example=None, details=tmp_path)
+    before = sight_of()
+    assert f"pydicom {version('pydicom')}" in before["readers"]
+    known = sight.version
+
+    def lacking(name: str) -> str:
+        if name == "pylibjpeg":
+            raise PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(sight, "version", lacking)
+    after = sight_of()
+    assert "pylibjpeg none" in after["readers"]
+    assert {name for name in before if before[name] != after[name]} == {"readers"}

@@ -282,6 +282,11 @@ def test_a_nifti_case_has_none_and_what_is_gone_is_missed(tmp_path: Path, recipe
     files = dicom_studies.make_series(tmp_path / "in", **ROWS_DOWN)
     affine = affine_of(dicom_studies.AXIAL, ROWS_DOWN["spacing"], ROWS_DOWN["origin"])
     record = writer.write(KEY, files, labels_of((8, 10, 7)), affine, recipe, "s")
+    left = writer.path_of(KEY).parent / ".writing-killed" / "seg.dcm"  # of a worker that was killed at it
+    left.parent.mkdir()
+    left.write_bytes(b"DOE^JOHN")
+    assert writer.write(KEY, files, labels_of((8, 10, 7)), affine, recipe, "s") == record
+    assert [path.name for path in writer.path_of(KEY).parent.iterdir()] == ["seg.dcm"]
     assert writer.holds(KEY, record)
     assert (tmp_path / "out" / "dicom").stat().st_mode & 0o077 == 0
     writer.path_of(KEY).write_bytes(b"other")
