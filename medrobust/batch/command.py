@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medrobust.batch.signals import TerminatedError
+if TYPE_CHECKING:
+    from medrobust.batch.faults import Exit
 
 
 def batch(
@@ -71,11 +72,11 @@ def batch(
     run of other settings; 130 and 143 interrupted. After 3, 6, 7, 130 and 143 the same command goes on.
     """
     options = locals()
-    from medrobust.batch.faults import Exit, RunError, fault_of
+    from medrobust.batch.ending import exit_code
     from medrobust.batch.options import Options
     from medrobust.batch.overnight import run
 
-    try:
+    def work() -> Exit:
         told, code = run(Options(**options))
         if isinstance(told, str):
             typer.echo(told)
@@ -84,15 +85,6 @@ def batch(
         elif not quiet:
             counts = ", ".join(f"{count} {status}" for status, count in told.get("status", {}).items())
             typer.echo(f"{told.get('cases', 0)} cases in OUTPUT: {counts or 'none'}; see report.html there")
-    except RunError as error:
-        typer.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except (KeyboardInterrupt, TerminatedError) as error:
-        code = Exit.TERMINATED if isinstance(error, TerminatedError) else Exit.INTERRUPTED
-        typer.echo("interrupted: the same command goes on from here", err=True)
-    except OSError as error:
-        if fault_of(error).code not in ("disk-full", "no-access"):
-            raise
-        typer.echo(f"error: OUTPUT or the folder beside it: {error.strerror}", err=True)
-        code = Exit.OUTPUT
-    raise typer.Exit(int(code))
+        return code
+
+    raise typer.Exit(int(exit_code(work, "OUTPUT or the folder beside it")))

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medrobust.atomic import flush
 from medrobust.batch.faults import CaseError, Exit, RunError
 from medrobust.batch.locks import BusyError, hold
 from medrobust.batch.naming import KEY, folder_of
@@ -136,12 +137,12 @@ class Store:
         record = {"schema": SCHEMA, "case": key, "status": "done", "attempt": uuid.uuid4().hex}
         record |= {"made_of": vars(made), "outputs": outputs, **about}
         _write(folder / RECORD, _json(record))
-        _flush(folder)
+        flush(folder)
         final = folder_of(self.cases, key)
         if final.exists():
             os.rename(final, folder.with_name(folder.name + ".old"))
         os.rename(folder, final)
-        _flush(self.cases)
+        flush(self.cases)
         shutil.rmtree(folder.with_name(folder.name + ".old"), ignore_errors=True)
         self.forgive(key)
         return record
@@ -162,8 +163,8 @@ class Store:
                 shutil.rmtree(place / "previous", ignore_errors=True)
                 os.rename(done, place / "previous")
             os.replace(folder / REASON, place / REASON)
-            _flush(place)
-            _flush(self.quarantine)
+            flush(place)
+            flush(self.quarantine)
         return record
 
     def forgive(self, key: str) -> None:
@@ -243,14 +244,6 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

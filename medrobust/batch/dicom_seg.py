@@ -9,7 +9,6 @@ to here.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from pydicom.sr.coding import Code
 from pydicom.valuerep import DA, TM
 
 from medrobust import __version__
-from medrobust.atomic import WRITING, replacing
+from medrobust.atomic import WRITING, flush, replacing
 from medrobust.batch.commit import digest_of
 from medrobust.batch.dicom_codes import Segment, segments_of
 from medrobust.batch.dicom_grid import Grid
@@ -123,7 +122,7 @@ class SegWriter:
                 seg.save_as(partial)
                 _verify(partial, sheet)
                 content = partial.read_bytes()
-            _flush(path.parent)
+            flush(path.parent)
         found = {"kind": self.kind, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         return {"dicom_seg": {**found, "empty": not sheet.planes.any(), "filled": filled}}
 
@@ -333,11 +332,3 @@ def _lab(rgb: tuple[int, int, int]) -> hd.color.CIELabColor:
 def _plain(text: str) -> str:
     """Text that fits every character set, and DICOM's 64 letters."""
     return text.encode("ascii", "replace").decode().replace("\\", "/")[:64] or "?"
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -62,11 +62,13 @@ def pacs(
     5 the archive cannot be reached; 6 STATE cannot be written or is full; 7 STATE is held by another run; 130 and 143
     interrupted. The same command goes on from where it was.
     """
-    from medrobust.batch.faults import Exit, RunError, fault_of
+    from medrobust.batch.ending import exit_code
+    from medrobust.batch.faults import Exit, RunError
 
     options: dict[str, Any] = {"trust_bundle": trust_bundle, "weights": weights, "device": device, "workers": workers}
     options |= {"timeout_per_case": timeout_per_case, "memory": memory, "bundle": bundle, "dicom_seg": dicom_seg}
-    try:
+
+    def work() -> Exit:
         if attack:
             raise RunError(
                 Exit.USAGE, "medrobust pacs does not attack: fetch the studies, and use `medrobust batch --attack`"
@@ -74,7 +76,7 @@ def pacs(
         if dicom_seg not in ("binary", "labelmap"):
             raise RunError(Exit.USAGE, f"expected --dicom-seg binary or labelmap, got {dicom_seg!r}")
         options["modality"] = _modalities(modality or [], bundle)
-        code = _run(
+        return _run(
             state,
             options,
             connection={
@@ -93,18 +95,8 @@ def pacs(
             poll=poll,
             quiet=quiet,
         )
-    except RunError as error:
-        typer.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    except (KeyboardInterrupt, TerminatedError) as error:
-        code = Exit.TERMINATED if isinstance(error, TerminatedError) else Exit.INTERRUPTED
-        typer.echo("interrupted: the same command goes on from here", err=True)
-    except OSError as error:
-        if fault_of(error).code not in ("disk-full", "no-access"):
-            raise
-        typer.echo(f"error: STATE: {error.strerror}", err=True)
-        code = Exit.OUTPUT
-    raise typer.Exit(int(code))
+
+    raise typer.Exit(int(exit_code(work, "STATE")))
 
 
 def _run(
