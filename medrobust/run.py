@@ -13,7 +13,6 @@ report.html     everything above, in one file;  report.md  its summary
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from medrobust.atomic import replacing, write_text
 from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result, is_broken, slug
+from medrobust.hashing import sha256_of_file
 from medrobust.io import load_volume, save_volume, stem, unused
 from medrobust.parsing import parse_goal
 from medrobust.prompting import Inputs
@@ -242,7 +242,7 @@ class Run:
             protocol=result.condition.protocol,
             attack=repr(result.attack),
             seed=str(self.evaluation.seed),
-            sha256=_sha256(path),
+            sha256=sha256_of_file(path),
             goal=result.condition.asked,
         )
         rows = [other for other in manifest(target) if other.file != row.file] if (target / MANIFEST).is_file() else []
@@ -270,7 +270,7 @@ class Run:
         affine = image.affine if isinstance(image, MetaTensor) else np.eye(4)
         volume = load_volume(path, image, affine)
         row = next((row for row in manifest(self.saved) if row.file == path.name), None)
-        if row is None or row.sha256 != _sha256(path):
+        if row is None or row.sha256 != sha256_of_file(path):
             raise ValueError(f"expected {path.name} as its manifest describes it, got a file that was changed since")
         return volume, Recorded(text=f"saved {row.attack}", seed=int(row.seed))
 
@@ -340,12 +340,6 @@ def reason(error: BaseException, paths: Iterable[str] = ()) -> str:
 
 def _digest(paths: Mapping[str, Any]) -> dict[str, str]:
     """A hash of each file of a case; a missing file is found later, as that case's failure."""
-    return {key: _sha256(Path(str(paths[key]))) for key in FILES if key in paths and Path(str(paths[key])).is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return {
+        key: sha256_of_file(Path(str(paths[key]))) for key in FILES if key in paths and Path(str(paths[key])).is_file()
+    }

@@ -29,6 +29,7 @@ from medrobust.atomic import flush
 from medrobust.batch.faults import CaseError, Exit, RunError
 from medrobust.batch.locks import BusyError, hold
 from medrobust.batch.naming import KEY, folder_of
+from medrobust.hashing import sha256_of_file
 
 SCHEMA = 1
 RECORD, REASON = "case.json", "reason.json"
@@ -132,7 +133,8 @@ class Store:
         The caller holds the lock of the case.
         """
         outputs = {
-            path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(folder.iterdir())
+            path.name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.iterdir())
         }
         record = {"schema": SCHEMA, "case": key, "status": "done", "attempt": uuid.uuid4().hex}
         record |= {"made_of": vars(made), "outputs": outputs, **about}
@@ -190,7 +192,11 @@ class Store:
         outputs: Mapping[str, Any] = record["outputs"]
         for name, expected in outputs.items() if check else ():
             path = folder_of(self.cases, key) / name
-            if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            if (
+                not path.is_file()
+                or path.stat().st_size != expected["bytes"]
+                or sha256_of_file(path) != expected["sha256"]
+            ):
                 return None
         return record
 
@@ -244,11 +250,3 @@ def _write(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import platformdirs
 
 from medrobust.atomic import replacing
+from medrobust.hashing import sha256_of_file
 
 
 def cache_folder() -> Path:
@@ -50,7 +50,7 @@ class SourceArchive:
             ConnectionError: pip could not fetch it, or the file's hash is not the pinned one.
         """
         target = folder / self.file_name
-        if target.is_file() and _sha256(target) == self.sha256:
+        if target.is_file() and sha256_of_file(target) == self.sha256:
             return target
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
@@ -92,11 +92,3 @@ def extract(archive: Path, members: dict[str, Path]) -> None:
             del left[entry.name]
     if left:
         raise ValueError(f"expected {sorted(left)} in {archive.name}, got an archive without: was it altered?")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(chunk)
-    return digest.hexdigest()
