@@ -382,11 +382,11 @@ class Evaluation:
 
     def ready(
         self, name: str, image: Tensor, label: Tensor | None, inputs: Inputs | None = None
-    ) -> tuple[nn.Module, Tensor, Tensor]:
-        """The model that attacks see, a case's image (1, C, *S) and what it is judged against (1, 1, *S)."""
+    ) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
+        """The model that attacks see, a case's image (1, C, *S), what it is judged against (1, 1, *S), the region."""
         clean = self._checked(image)
         model, _, reference = self._opened(name, clean, label, inputs or Inputs())
-        return model, clean, reference
+        return model, clean, reference, self.region(clean, reference) if self.region else None
 
     def _checked(self, image: Tensor) -> Tensor:
         clean = image.as_subclass(Tensor).to(self.device)[None].float()

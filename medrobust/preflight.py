@@ -35,6 +35,7 @@ class Opened:
     model: nn.Module
     image: Tensor
     label: Tensor
+    region: Tensor | None = None
 
 
 def first_case(run: Run, cases: Sequence[Mapping[str, Any]]) -> Opened | None:
@@ -43,10 +44,10 @@ def first_case(run: Run, cases: Sequence[Mapping[str, Any]]) -> Opened | None:
         try:
             data = run.preprocessing(dict(paths))
             inputs = run.inputs(data, paths)
-            model, image, label = run.evaluation.ready(name, data["image"], data.get("label"), inputs)
+            model, image, label, region = run.evaluation.ready(name, data["image"], data.get("label"), inputs)
         except Exception:  # the run notes it as that case's failure
             continue
-        return Opened(case=name, model=model, image=image, label=label)
+        return Opened(case=name, model=model, image=image, label=label, region=region)
     return None
 
 
@@ -149,7 +150,9 @@ def check(run: Run, condition: Condition | None, opened: Opened | None, mode: st
             return before
         attack: Any = condition.attack
         try:
-            findings = checklist(opened.model, opened.image, opened.label, attack=attack, quick=mode == "quick")
+            findings = checklist(
+                opened.model, opened.image, opened.label, attack=attack, region=opened.region, quick=mode == "quick"
+            )
             found = Checked(**{**_fields(asked), "findings": tuple(findings)})
         except Exception as error:  # the records are there, and their report must not be lost
             found = Checked(model=model, why_not=f"it failed: {reason(error)}")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medrobust.attacks.base import Attack, Model, check_image, check_label_grid, frozen, per_case
+from medrobust.attacks.base import Attack, Model, check_image, check_label_grid, check_region, frozen, per_case
 from medrobust.attacks.norms import scaled, steepest
 from medrobust.attacks.objectives import SoftDice, predict
 from medrobust.attacks.random_noise import RandomNoise
@@ -77,6 +77,7 @@ class Case:
     Args:
         attack: untargeted, with ``eps``, ``norm`` and ``steps``, such as PGD or APGD.
         seed: of the attack; restarts take the ones that follow.
+        region: (B, 1 or C, *S), the only voxels that attacks may change; ``None``: all.
     """
 
     model: Model
@@ -84,6 +85,7 @@ class Case:
     label: Tensor
     attack: Any
     seed: int = 0
+    region: Tensor | None = None
 
     def __post_init__(self) -> None:
         attack: Any = self.attack
@@ -95,9 +97,17 @@ class Case:
             raise ValueError(f"expected an untargeted attack, got {attack!r}: the checks ask for harm")
         check_image(self.image, name)
         check_label_grid(self.image, self.label, name)
+        if self.region is not None:
+            check_region(self.image, self.region, name)
         eps = torch.as_tensor(self.attack.eps)
         if eps.ndim > 1 or not (eps > 0).all():
             raise ValueError(f"expected eps > 0, the same for all cases, got {self.attack.eps}: replace it")
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """The voxels that attacks may change, (B, C, *S) bool."""
+        everywhere = torch.ones_like(self.image, dtype=torch.bool)
+        return everywhere if self.region is None else everywhere & self.region.bool()
 
     @cached_property
     def image_adv(self) -> Tensor:
@@ -114,7 +124,7 @@ class Case:
     def by(self, attack: Attack, seed: int = 0, model: Model | None = None) -> Tensor:
         """The image under any attack, made for the case's own model or for another."""
         generator = torch.Generator().manual_seed(self.seed + seed)
-        return attack(model or self.model, self.image, self.label, generator=generator)
+        return attack(model or self.model, self.image, self.label, region=self.region, generator=generator)
 
     def logits(self, image: Tensor) -> Tensor:
         with frozen(self.model), torch.no_grad():
@@ -168,6 +178,7 @@ def checklist(
     *,
     attack: Attack,
     surrogate: Model | None = None,
+    region: Tensor | None = None,
     generator: torch.Generator | None = None,
     quick: bool = True,
 ) -> list[Finding]:
@@ -179,6 +190,8 @@ def checklist(
         label: (B, 1, *S) classes; ``None``: the model's own prediction.
         attack: with ``eps``, ``norm`` and ``steps``.
         surrogate: another model of the same task, to make transfer attacks with.
+        region: (B or 1, C or 1, *S), the only voxels that attacks may change; gradients are judged there. A large eps
+            then need not destroy everything: it may not reach everything.
         generator: source of the seeds; ``None``: seed 0.
         quick: 100 queries instead of 1000 for the black-box attack, and no run of twice the steps.
 
@@ -193,7 +206,9 @@ def checklist(
         with frozen(model), torch.no_grad():
             label = predict(model(image), attack.setting("objective").head)
     seed = int(torch.randint(2**31, (), generator=generator)) if generator is not None else 0
-    case = Case(model=model, image=image, label=label.as_subclass(Tensor), attack=attack, seed=seed)
+    if region is not None:
+        region = check_region(image, region, type(attack).__name__).expand(len(image), -1, *image.shape[2:])
+    case = Case(model=model, image=image, label=label.as_subclass(Tensor), attack=attack, seed=seed, region=region)
     found = [gradient(case), repeat(case)]
     if math.isnan(found[0].value):
         return found
@@ -228,7 +243,8 @@ def gradient(case: Case) -> Finding:
     asked = (case.label >= 0).any(1, keepdim=True)
     flat = (at_logits == 0).all(1, keepdim=True) & asked
     at_logits_zero = (flat.flatten(1).sum(1) / asked.flatten(1).sum(1).clamp_min(1)).max().item()
-    zero = (at_image == 0).flatten(1).double().mean(1)
+    still = (at_image == 0) & case.inside
+    zero = still.flatten(1).sum(1) / case.inside.flatten(1).sum(1).clamp_min(1)
     value = zero.max().item()
     text = (
         f"no gradient at {value:.1%} of the input voxels and {at_logits_zero:.1%} of the logits' voxels, "
@@ -258,6 +274,7 @@ def slope(case: Case) -> Finding:
     uphill = case.gradients()[1]
     if uphill is None or not torch.isfinite(uphill).all():
         return Finding(check="slope", ok=False, text="no finite gradient to follow", value=math.nan)
+    uphill = uphill * case.inside
     whole = radius(case.attack.eps, case.image) * steepest(case.attack.norm, uphill)
     promised = (uphill.double() * whole).flatten(1).sum(1)
     share = (RISE / promised.clamp_min(1e-30)).clamp_max(SMALL_STEP)
@@ -312,7 +329,7 @@ def budget(case: Case) -> Finding:
     A ball holds all smaller ones, so what was found in them counts at the large eps too: there a random start may land
     so far out that the search begins where nothing has a slope. What chance gives for free need not be taken away.
     """
-    unit = math.sqrt(case.image[0].numel()) if case.attack.norm == "l2" else 1.0
+    unit = math.sqrt(case.inside[0].sum().item()) if case.attack.norm == "l2" else 1.0
     factor = max(4.0, LARGE * unit / float(torch.as_tensor(case.attack.eps).max()))
     dice = [
         case.dice(case.image),
@@ -326,7 +343,9 @@ def budget(case: Case) -> Finding:
     shown = ", ".join(f"{found.mean():.3f}" for found in dice)
     gone = bool((dice[-1] <= torch.maximum(LARGE_SHARE * dice[0], case.chance().clamp_min(ZERO_DICE))).all())
     text = f"Dice {shown} at 0, 1/2, 1, 2 and up to {factor:.3g} times eps"
-    return Finding(check="budget", ok=gone and rise <= SLACK, text=text, value=value)
+    # What lies outside a region may stay right whatever is done inside.
+    ok = (gone or case.region is not None) and rise <= SLACK
+    return Finding(check="budget", ok=ok, text=text, value=value)
 
 
 def black_box(case: Case, *, queries: int = QUICK_QUERIES) -> Finding:
@@ -351,7 +370,10 @@ def restarts(case: Case) -> Finding:
 def noise(case: Case) -> Finding:
     """Does noise of the same budget harm less? Value: Dice that the attack takes away beyond it."""
     dice = case.dice(case.image_adv)
-    noisy = case.dice(case.by(RandomNoise(eps=case.attack.eps, norm=case.attack.norm)))
+    # Noise is drawn everywhere; what falls outside the region is dropped, and with it a share of the L2 norm.
+    share = case.inside.float().mean().item() if case.attack.norm == "l2" else 1.0
+    eps = scaled(case.attack.eps, share**-0.5)
+    noisy = case.dice(case.by(RandomNoise(eps=eps, norm=case.attack.norm)))
     beyond = torch.where(dice <= ZERO_DICE, math.inf, noisy - dice)
     value = (noisy - dice).min().item()
     text = f"Dice {noisy.mean():.3f} under noise, {dice.mean():.3f} under the attack"
@@ -363,11 +385,12 @@ def batch(case: Case) -> Finding:
 
     Beside the second case, or where there is none, beside itself mirrored and half as bright.
     """
-    image, label = case.image[:2], case.label[:2]
+    image, label, region = case.image[:2], case.label[:2], None if case.region is None else case.inside[:2]
     if len(image) == 1:
-        image = torch.cat([image, image.flip(2) / 2])
-        label = torch.cat([label, label.flip(2)])
-    pair, alone = replace(case, image=image, label=label), replace(case, image=image[:1], label=label[:1])
+        image, label = torch.cat([image, image.flip(2) / 2]), torch.cat([label, label.flip(2)])
+        region = None if region is None else torch.cat([region, region.flip(2)])
+    pair = replace(case, image=image, label=label, region=region)
+    alone = replace(case, image=image[:1], label=label[:1], region=None if region is None else region[:1])
     value = _difference(alone.logits(alone.image), pair.logits(pair.image)[:1])
     together = alone.dice(pair.image_adv[:1]).item()
     apart = alone.dice(alone.image_adv).item()

@@ -16,6 +16,8 @@ from test_cli import call, values
 
 from medrobust.attacks import FGSM
 from medrobust.attacks.objectives import CrossEntropy
+from medrobust.findings import FILE
+from medrobust.findings import read as read_soundness
 from medrobust.handlers import CraftAdversarial
 from medrobust.parsing import parse_region
 from medrobust.records import read_csv
@@ -78,6 +80,19 @@ def test_a_run_in_one_structure(tmp_path: Path, workers: tuple[object, ...]) -> 
     assert len(read_csv(out / "records.csv")) == len(records), again
     text = call("evaluate", "-b", bundle, "-o", out, *words, code=2)
     assert "expected the region of the run" in text
+
+
+def test_the_checklist_asks_inside_the_region(tmp_path: Path) -> None:
+    bundle, out = small_bundle.make(tmp_path / "bundle", cases=1), tmp_path / "run"
+    call("evaluate", "-b", bundle, "-o", out, "--region", "organ", "-a", "pgd eps=0.1 steps=4", "--no-pictures")
+    found = read_soundness(out / FILE)
+    assert found is not None
+    texts = {finding.check: finding.text for finding in found.findings}
+    records = read_csv(out / "records.csv")
+    (dice,) = values(records, case="case0", metric="dice", class_name="organ", condition="PGD")
+    # Not what an attack on every voxel would reach.
+    assert f"{dice:.3f} after 4" in texts["steps"]
+    assert found.attack.endswith(" in organ")
 
 
 def test_what_has_no_region(tmp_path: Path) -> None:

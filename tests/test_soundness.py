@@ -100,6 +100,42 @@ def test_a_single_case_and_a_bound_network_are_silent(flat: tuple[Net, Tensor, T
     assert failed(bind(net), image[:1], label[:1]) == set()
 
 
+@pytest.mark.parametrize("attack", [ATTACK, replace(ATTACK, norm="l2", eps=1.0)], ids=repr)
+@pytest.mark.parametrize("cases", [1, 2])
+def test_a_region_is_silent_and_nothing_changes_outside(
+    flat: tuple[Net, Tensor, Tensor], attack: PGD, cases: int
+) -> None:
+    net, image, label = flat[0], flat[1][:cases], flat[2][:cases]
+    region = torch.zeros_like(label[:1], dtype=torch.bool)
+    region[..., 2:18, 2:18] = True
+    seen: list[Tensor] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not seen and x.shape == image.shape:
+                seen.append(x)
+            if x.shape == image.shape:
+                seen[1:] = [torch.maximum(seen[1], (x - image).abs()) if seen[1:] else (x - image).abs()]
+            return net(x)
+
+    assert warnings(checklist(Watched(), image, label, attack=attack, region=region, quick=False)) == []
+    outside = ~region.expand_as(image)
+    assert seen[1].detach()[~outside].max() > 0.01
+    assert torch.equal(seen[1].detach()[outside], torch.zeros(int(outside.sum())))
+
+
+def test_a_gradient_that_ends_at_the_region_is_missed_there_only(flat: tuple[Net, Tensor, Tensor]) -> None:
+    net, image, label = flat
+    region = torch.zeros_like(label[:1], dtype=torch.bool)
+    region[..., :10, :] = True
+
+    def model(x: Tensor) -> Tensor:
+        return net(torch.where(region, x.detach(), x))
+
+    assert "gradient" not in failed(model, image, label)
+    assert "gradient" in failed(model, image, label, region=region)
+
+
 def test_the_slope_of_a_linear_model_is_exact() -> None:
     image, label = data(2, classes=2)
     found = soundness.slope(case(VoxelLinear().double(), image.double(), label))
