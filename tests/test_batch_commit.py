@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from medrobust.batch import commit
+from medrobust.batch import commit, report
 from medrobust.batch.commit import Made, Store
 from medrobust.batch.faults import CaseError, Exit, RunError
 from medrobust.batch.locks import BusyError, hold, membership
@@ -217,3 +220,22 @@ def test_runs_of_one_kind_share_an_output_and_others_wait(store: Store) -> None:
     begin = time.monotonic()
     with membership(store.state, {"bundle": "b"}):
         assert time.monotonic() - begin < 5
+
+
+def test_reports_of_runs_that_end_at_once_are_written_one_after_the_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the tables of one run would stand beside the page of the other."""
+    put(store, OLD)
+    writers, publish = [], Store.publish
+
+    def slowly(self: Store, name: str, text: str) -> None:
+        writers.append(threading.get_ident())
+        time.sleep(0.02)
+        publish(self, name, text)
+
+    monkeypatch.setattr(Store, "publish", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda number: report.write(Store(store.output), {"run": number}), range(3)))
+    assert len(set(writers)) == 3
+    assert len([*itertools.groupby(writers)]) == 3
