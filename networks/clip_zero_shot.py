@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from medrobust.networks.adapters import Adapter
 from medrobust.networks.clip_layout import from_openai
-from medrobust.networks.hub import from_hub
+from medrobust.networks.hub import from_hub, of_settings
 from medrobust.networks.weights import WeightsReport, load_weights
 
 try:
@@ -91,11 +91,8 @@ class ZeroShotCLIP(nn.Module):
         attention: Literal["eager", "sdpa"] = "sdpa",
     ) -> None:
         super().__init__()
-        if not isinstance(base, CLIPModel):
-            settings = base.to_dict() if isinstance(base, CLIPConfig) else dict(base)
-            base = CLIPModel(CLIPConfig(**{**settings, "attn_implementation": attention}))
-        self.config = base.config
-        self.clip = base
+        self.clip = of_settings(CLIPModel, base, attention)
+        self.config = self.clip.config
         self.image_size = int(self.config.vision_config.image_size)
         self.register_buffer("mean", torch.tensor(tuple(mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std)).view(-1, 1, 1), persistent=False)
@@ -139,7 +136,7 @@ class ZeroShotCLIP(nn.Module):
     ) -> Network:
         """This network on a state dict with OpenAI's own names; see ``clip_layout.from_openai``."""
         config, state = from_openai(weights)
-        base = CLIPModel(CLIPConfig(**{**config, "attn_implementation": settings.pop("attention", "sdpa")}))
+        base = of_settings(CLIPModel, config, settings.pop("attention", "sdpa"))
         base.load_state_dict(state)
         return cls(base, prompts, **settings)
 

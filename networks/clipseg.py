@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from medrobust.networks.hub import from_hub
+from medrobust.networks.hub import from_hub, of_settings
 from medrobust.networks.tokens import FIRST_EOS, check_tokens
 
 try:
@@ -71,15 +71,13 @@ class CLIPSeg(nn.Module):
         attention: Literal["eager", "sdpa"] = "sdpa",
     ) -> None:
         super().__init__()
-        if not isinstance(base, CLIPSegForImageSegmentation):
-            settings = base.to_dict() if isinstance(base, CLIPSegConfig) else dict(base)
-            base = CLIPSegForImageSegmentation(CLIPSegConfig(**{**settings, "attn_implementation": attention}))
-            _draw_decoder(base.decoder)
-        self.config = base.config
+        self.clipseg = of_settings(CLIPSegForImageSegmentation, base, attention)
+        if self.clipseg is not base:
+            _draw_decoder(self.clipseg.decoder)
+        self.config = self.clipseg.config
         self.extract_layers = tuple(self.config.extract_layers)
         self.patch_size = int(self.config.vision_config.patch_size)
         _check_config(self.config)
-        self.clipseg = base
         self.register_buffer("mean", torch.tensor(tuple(mean)).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(tuple(std)).view(-1, 1, 1), persistent=False)
         self.set_trainable(trainable)

@@ -48,3 +48,11 @@ def from_hub(cls: Any, name: str, *, called: str, example: str, **settings: Any)
             f"(such as {min(report['missing_keys'])}). Was the whole model saved?"
         )
     return base
+
+
+def of_settings(cls: Any, base: Any, attention: str) -> Any:
+    """``base`` itself where it is a ``cls``, else one of these settings (mapping or config), with random weights."""
+    if isinstance(base, cls):
+        return base
+    settings = base.to_dict() if isinstance(base, cls.config_class) else dict(base)
+    return cls(cls.config_class(**{**settings, "attn_implementation": attention}))

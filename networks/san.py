@@ -37,6 +37,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medrobust.networks.hub import of_settings
 from medrobust.networks.tokens import check_tokens
 
 try:
@@ -108,10 +109,7 @@ class SAN(nn.Module):
         attention: Literal["eager", "sdpa"] = "sdpa",
     ) -> None:
         super().__init__()
-        if not isinstance(base, CLIPModel):
-            settings = base.to_dict() if isinstance(base, CLIPConfig) else dict(base)
-            base = CLIPModel(CLIPConfig(**{**settings, "attn_implementation": attention}))
-        self.clip = base
+        self.clip = of_settings(CLIPModel, base, attention)
         vision: Any = self.clip.config.vision_config
         self.clip_layers = tuple(clip_layers)
         _check_layers(self.clip_layers, vision.num_hidden_layers, blocks)
