@@ -218,7 +218,7 @@ class SaveAdversarial:
 class SaveMasks:
     """Write an evaluator's binary 2-D predictions, named after their cases: PNG for pictures, NIfTI for slices.
 
-    MONAI's own writers turn pictures and do not take single slices.
+    MONAI's own writers turn pictures and do not take single slices. A name that two files share gets a number.
 
     Args:
         output_dir: folder of the files ``<case>.png`` or ``<case>_seg.nii.gz``.
@@ -228,14 +228,16 @@ class SaveMasks:
     def __init__(self, output_dir: str | Path, *, key: str = "pred") -> None:
         self.output_dir = Path(output_dir)
         self.key = key
+        self._written: set[str] = set()
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda: self._written.clear())
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
         for item in engine.state.output:
             image, mask = item["image"], item[self.key].as_subclass(Tensor)
-            name = stem(str(image.meta["filename_or_obj"]))
+            name = unused(stem(str(image.meta["filename_or_obj"])), self._written)
             if len(image) == 3:
                 save_mask(mask, self.output_dir / f"{name}.png")
             else:

@@ -68,9 +68,9 @@ class _Recomputed:
 class WindowModel(nn.Module):
     """Sliding-window inference whose backward pass recomputes one batch of windows at a time.
 
-    Forward values are those of MONAI's ``sliding_window_inference``. The gradient is that of full autograd through the
-    blended logits, with respect to the image only: windows whose share of the upstream gradient is zero are skipped.
-    Volumes smaller than a window are padded and cropped back.
+    Forward values are those of MONAI's ``sliding_window_inference``, summed in the image's precision. The gradient is
+    that of full autograd through the blended logits, with respect to the image only: windows whose share of the
+    upstream gradient is zero are skipped. Volumes smaller than a window are padded and cropped back.
 
     Args:
         network: the bare network.
@@ -127,6 +127,7 @@ class WindowModel(nn.Module):
         """(B, C, *S) -> blended logits (B, K, *S).
 
         Raises:
+            ValueError: several cases, and an argument with a row for each.
             RuntimeError: parameters of the network require gradients; they would not get any here.
         """
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.network.parameters()):
@@ -141,13 +142,14 @@ class WindowModel(nn.Module):
 
     def _blend(self, image: Tensor) -> Tensor:
         """Weighted mean of the windows' logits."""
+        self._check_arguments(len(image))
         padded, inner = self._pad(image)
         weight, count = self._weights(padded)
         total: Tensor | None = None
         for places in self._batches(padded):
             logits = self._predict(padded, places)
             if total is None:
-                total = logits.new_zeros(padded.shape[0], logits.shape[1], *padded.shape[2:])
+                total = padded.new_zeros(padded.shape[0], logits.shape[1], *padded.shape[2:])
             for window, place in zip(logits, places, strict=True):
                 total[place] += window * weight
         assert total is not None
@@ -179,6 +181,14 @@ class WindowModel(nn.Module):
         with torch.enable_grad():  # repeated voxels hand their gradient back to where they came from
             source = image.detach().requires_grad_()
             return torch.autograd.grad(self._pad(source)[0], source, gradient)[0]
+
+    def _check_arguments(self, cases: int) -> None:
+        for value in (*self.args, *self.kwargs.values()):
+            if cases > 1 and isinstance(value, Tensor) and value.ndim and len(value) == cases:
+                raise ValueError(
+                    f"expected arguments that are the same for all windows, got a tensor {tuple(value.shape)} beside "
+                    f"{cases} cases: a window would get another case's. Take one case at a time"
+                )
 
     def _predict(self, padded: Tensor, places: list[Index]) -> Tensor:
         logits = self.network(self._cut(padded, places), *self.args, **self.kwargs)

@@ -178,15 +178,19 @@ class ZeroShotCLIP(nn.Module):
         return F.normalize(each.mean(1), dim=-1)
 
     def text_features(self, input_ids: Tensor) -> Tensor:
-        """Unit embeddings (N, D) of texts, integers (N, L): fresh while the text tower trains, else kept."""
+        """Unit embeddings (N, D) of texts, integers (N, L): fresh while the text tower trains, else kept.
+
+        A change of the weights is seen, but not one through ``.data``, which leaves no trace.
+        """
         if self.text_trains and torch.is_grad_enabled():
             return self._encode(input_ids)
         state = self._text_state()
         for kept_ids, kept_state, features in self._kept:
             if kept_state == state and kept_ids.shape == input_ids.shape and torch.equal(kept_ids, input_ids):
                 return features
-        # Kept features meet autograd later, where tensors of inference mode are refused.
-        with torch.inference_mode(False), torch.no_grad():
+        # Kept features meet autograd later, where tensors of inference mode are refused, and calls of other precision.
+        whole = torch.autocast(input_ids.device.type, enabled=False)
+        with whole, torch.inference_mode(False), torch.no_grad():
             parts = [self._encode(part.clone()) for part in input_ids.split(TEXTS_AT_ONCE)]
             features = torch.cat(parts)
             fresh = [one for one in self._kept if one[1] == state][-(KEPT - 1) :]

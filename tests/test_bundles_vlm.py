@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,38 @@ def test_published_attacks_move_each_channel_by_eps_of_its_own_unit(polyps: Path
         # Forty steps of 2 / 255 reach the edge of so small a ball wherever the sign of the gradient stays.
         at_edge = (moved[channel][away[channel]] > 0.0099 * std).double().mean().item()
         assert at_edge > (0.9 if name == "fgsm" else 0.3)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for word in ("train", "attack_*") for path in sorted(BUNDLES.glob(f"*clipseg*/configs/{word}.yaml"))],
+    ids=lambda path: f"{path.parts[-3]} {path.name}",
+)
+def test_false_positives_on_a_normal_image_count(path: Path) -> None:
+    """One perfect lesion and one normal image that is all lesion: a Dice of 0.5, not of 1."""
+    lesion = torch.zeros(1, 4, 4)
+    lesion[:, 1:3] = 1
+    found = 0
+    for metric in _dice_metrics(yaml.safe_load(path.read_text())):
+        found += 1
+        parser = ConfigParser(
+            {"metric": {**metric, "output_transform": "$lambda output: output", "save_details": False}}
+        )
+        handler = parser.get_parsed_content("metric")
+        handler.update([[lesion, torch.ones(1, 4, 4)], [lesion, torch.zeros(1, 4, 4)]])
+        assert float(handler.compute()) == pytest.approx(0.5)
+    assert found
+
+
+def _dice_metrics(node: Any) -> Iterator[dict[str, Any]]:
+    """Every MONAI Dice in a configuration."""
+    if isinstance(node, dict):
+        if node.get("_target_") == "MeanDice" or "DiceMetric" in str(node.get("metric_fn")):
+            yield node
+            return
+        node = list(node.values())
+    for part in node if isinstance(node, list) else []:
+        yield from _dice_metrics(part)
 
 
 def test_a_leaking_split_stops_before_training(polyps: Path, tmp_path: Path) -> None:

@@ -90,6 +90,13 @@ def calls(network: ZeroShotCLIP) -> list[int]:
     return counted
 
 
+def test_texts_kept_under_autocast_serve_full_precision() -> None:
+    network, expected = make(trainable="image"), make(trainable="image")(pictures())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        network(pictures())
+    torch.testing.assert_close(network(pictures()), expected)
+
+
 def test_texts_are_encoded_once_for_a_whole_attack_and_again_after_a_change() -> None:
     network = make(trainable="image")
     counted = calls(network)

@@ -90,6 +90,15 @@ def test_a_saved_map_reads_back(tmp_path: Path) -> None:
         SaveClassMap(tmp_path)({"image": image, "pred": pred - 1})
 
 
+def test_maps_of_like_named_images_do_not_replace_each_other(tmp_path: Path) -> None:
+    save = SaveClassMap(tmp_path)
+    for value, folder in enumerate(("one", "two", "one")):
+        image = MetaTensor(torch.zeros(3, 2, 2), meta={"filename_or_obj": f"{folder}/photo.jpg"})
+        save({"image": image, "pred": torch.full((1, 2, 2), value)})
+    found = {path.name: np.asarray(Image.open(path)).max() for path in tmp_path.iterdir()}
+    assert found == {"photo.png": 2, "photo_2.png": 1}
+
+
 def test_slices_have_all_structures_of_their_exam(ct_organs: Path) -> None:
     cases = ct_slice_maps.cases("validation", ct_organs, every=8)
     assert [case["slice"] for case in cases] == [0, 8, 16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -16,11 +17,12 @@ from monai.handlers import MeanDice, from_engine
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.transforms import AsDiscreted, Compose, EnsureChannelFirstd, LoadImaged
 from oracles import SmallNet, VoxelLinear, data
+from PIL import Image
 from torch import nn
 
 from medrobust.attacks import FGSM, PGD, CrossEntropy, RandomNoise
 from medrobust.goals import Erase, MoveBoundary
-from medrobust.handlers import CraftAdversarial, RobustEvaluation, SaveAdversarial, bare
+from medrobust.handlers import CraftAdversarial, RobustEvaluation, SaveAdversarial, SaveMasks, bare
 from medrobust.tiles import attack_tiles
 
 EPS = 8 / 255
@@ -349,3 +351,16 @@ def test_a_case_that_lacks_what_the_goal_needs_stays_clean_and_is_named(tmp_path
         RobustEvaluation(FGSM(eps=EPS), goal=Erase(class_index=1))
     with pytest.raises(ValueError, match="target_key or goal, got both"):
         RobustEvaluation(targeted, goal=Erase(class_index=1), target_key="wanted")
+
+
+def test_masks_of_like_named_images_do_not_replace_each_other(tmp_path: Path) -> None:
+    output = [
+        {
+            "image": MetaTensor(torch.zeros(3, 2, 2), meta={"filename_or_obj": f"{folder}/frame"}),
+            "pred": torch.full((1, 2, 2), float(value)),
+        }
+        for value, folder in enumerate(("patient1", "patient2"))
+    ]
+    SaveMasks(tmp_path)(SimpleNamespace(state=SimpleNamespace(output=output)))
+    found = {path.name: np.asarray(Image.open(path)).max() for path in tmp_path.iterdir()}
+    assert found == {"frame.png": 0, "frame_2.png": 255}

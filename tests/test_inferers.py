@@ -137,6 +137,32 @@ def test_arguments_reach_the_network() -> None:
         torch.testing.assert_close(bind(Scaled(), inferer, 2.0, shift=1.0)(image), image * 2 + 1)
 
 
+def test_an_argument_of_each_case_does_not_reach_another_case() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return x + shift[:, None, None]
+
+    image = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    inferer = SlidingWindowInferer((4, 4), sw_batch_size=2, overlap=0.5)
+    each = torch.tensor([[1.0], [5.0]])
+    with pytest.raises(ValueError, match=r"the same for all windows, got a tensor \(2, 1\) beside 2 cases"):
+        bind(Shifted(), inferer, each)(image)
+    for case in range(2):
+        one = slice(case, case + 1)
+        torch.testing.assert_close(bind(Shifted(), inferer, each[one])(image[one]), image[one] + each[case])
+
+
+def test_windows_are_summed_in_the_precision_of_the_image() -> None:
+    """Else many overlapping windows would add up their rounding."""
+    net = network(2).float()
+    image = torch.rand(1, 1, 24, 24, generator=torch.Generator().manual_seed(0))
+    inferer = SlidingWindowInferer((8, 8), sw_batch_size=4, overlap=0.75, mode="gaussian")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = inferer(image, lambda window: net(window).float()), bind(net, inferer)(image)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_other_inferers_are_called_as_they_are() -> None:
     net = network(2)
     inferer = SliceInferer(roi_size=(8, 8), sw_batch_size=2, spatial_dim=2, overlap=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from ignite.engine import Events
 from monai.engines import SupervisedTrainer
 from torch import Tensor, nn
 
-from medrobust.attacks import BIM, PGD
+from medrobust.attacks import BIM, MIFGSM, PGD
 from medrobust.attacks.objectives import CrossEntropy
+from medrobust.attacks.voxel_losses import SegPGDLoss
 from medrobust.networks.upernet import UPerNet, UPerNetClassifier
-from medrobust.training import AuxiliaryLoss, CraftAdversarial, LeakingAdversarial
+from medrobust.training import AuxiliaryLoss, CraftAdversarial, LeakingAdversarial, Progress
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "hidden_sizes": (4, 4, 8, 8), "hidden_size": 8, "drop_path_rate": 0.0}
 BUILT: dict[str, Any] = {**SMALL, "in_channels": 1}
@@ -25,6 +27,16 @@ def upernet(**settings: Any) -> UPerNet:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UPerNet(3, **{**BUILT, **settings})
+
+
+class Conv(nn.Conv2d):
+    """No norm, no dropout: a case does not depend on the others."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 3, 3, padding=1)
+        generator = torch.Generator().manual_seed(2)
+        self.weight.data = torch.randn(self.weight.shape, generator=generator)
+        self.bias.data.zero_()
 
 
 def batch() -> dict[str, Tensor]:
@@ -111,9 +123,11 @@ def test_the_hook_goes_when_a_training_breaks() -> None:
         def __call__(self, engine: Any) -> None:
             raise RuntimeError("on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"):
-        trained(network, [handler, Broken()])
-    assert not network.decode_head._forward_pre_hooks
+    # Progress raises the error anew, so handlers after it never hear of it.
+    for handlers in ([handler, Broken()], [Progress(), handler, Broken()]):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            trained(network, handlers)
+        assert not network.decode_head._forward_pre_hooks
 
 
 def test_leaking_follows_the_sum_of_all_gradients_and_the_corrected_form_the_last_alone() -> None:
@@ -148,7 +162,49 @@ def test_leaking_leaves_the_modes_of_modules_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    "attack", [PGD(keep_best=False), BIM(), BIM(norm="l2", keep_best=False), BIM(keep_best=False, targeted=True)]
+    "attack",
+    [
+        replace(ATTACK, objective=SegPGDLoss()),
+        replace(ATTACK, eps=((4 / 255,), (8 / 255,)), step_size=((0.01,), (0.02,))),
+    ],
+    ids=["an objective that changes", "eps by case"],
+)
+def test_leaking_and_the_corrected_form_see_the_same_images(attack: PGD) -> None:
+    left = trained(upernet(), [LeakingAdversarial(attack)])
+    right = trained(upernet(), [CraftAdversarial(attack)])
+    assert (right.state.batch["image"] - batch()["image"]).abs().max() > 0.01
+    torch.testing.assert_close(left.state.batch["image"], right.state.batch["image"], rtol=0, atol=1e-6)
+
+
+def test_leaking_is_accumulated_as_the_loss_is() -> None:
+    """Two halves accumulated make the step of the whole batch."""
+    data = batch()
+    halves = [{key: value[index : index + 1] for key, value in data.items()} for index in range(2)]
+    weights = []
+    for batches, accumulation in (([data], 1), (halves, 2)):
+        network = Conv()
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+        # Means over the batch, so that cases count alike.
+        loss = CrossEntropy()
+        SupervisedTrainer(
+            torch.device("cpu"),
+            1,
+            batches,
+            network,
+            optimizer,
+            lambda logits, label, loss=loss: loss(logits, label).mean(),
+            decollate=False,
+            train_handlers=[LeakingAdversarial(ATTACK)],
+            accumulation_steps=accumulation,
+        ).run()
+        weights.append(network.weight.detach() - Conv().weight.detach())
+    assert weights[0].abs().max() > 0.01
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [PGD(keep_best=False), BIM(), BIM(norm="l2", keep_best=False), BIM(keep_best=False, targeted=True), MIFGSM()],
 )
 def test_leaking_takes_the_published_attack_alone(attack: PGD) -> None:
     with pytest.raises(ValueError, match="keep_best=False"):

@@ -18,7 +18,7 @@ import torch
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
-from monai.handlers import MeanDice, ValidationHandler, from_engine
+from monai.handlers import LrScheduleHandler, MeanDice, ValidationHandler, from_engine
 from monai.transforms import Compose, RandAdjustContrastd, RandFlipd
 from test_training import LOSS, batches, small_net, trainer, vaft_handlers
 
@@ -67,6 +67,27 @@ def test_csv_log_has_means_of_every_term_and_validation_metrics(tmp_path: Path) 
         for name in ("loss", "loss_clean", "loss_adv", "loss_fr"):
             assert float(row[name]) == pytest.approx(np.mean([s[name] for s in seen[2 * epoch : 2 * epoch + 2]]))
     assert float(found[0]["lr"]) == 0.1
+
+
+def test_the_rate_in_the_log_is_the_one_that_the_epoch_was_trained_with(tmp_path: Path) -> None:
+    network = small_net()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    handlers = [LrScheduleHandler(schedule, print_lr=False), CSVLog(tmp_path / "log.csv")]
+    trainer(network, batches(1), handlers, max_epochs=3, optimizer=optimizer).run()
+    assert [float(row["lr"]) for row in rows(tmp_path / "log.csv")] == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_shorter_epochs_do_not_end_a_resumed_training(tmp_path: Path) -> None:
+    """As with twice the processes: the checkpoint's iterations are more than those of all epochs to come."""
+    network = small_net()
+    trainer(network, batches(8), [Resumable(tmp_path / "last.pt", network=network)], max_epochs=3).run()
+    engine = trainer(network, batches(2), [Resumable(tmp_path / "last.pt", network=network)], max_epochs=5)
+    seen: list[int] = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.epoch))
+    with pytest.warns(UserWarning, match="an epoch had 8 iterations in last.pt and has 2 now"):
+        engine.run()
+    assert seen == [4, 4, 5, 5]
 
 
 def resumable(folder: Path, epochs: int, until: int | None = None) -> list[dict[str, str]]:

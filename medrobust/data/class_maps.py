@@ -19,6 +19,7 @@ from medrobust.atomic import replacing
 from medrobust.attacks.objectives import IGNORED
 from medrobust.data.pairs import Data, LoadPair
 from medrobust.data.slices import load_slice_map
+from medrobust.io import unused
 
 MODES = ("P", "L")
 """PIL's modes whose bytes are class numbers. VOC's maps have a palette: their colours are for people."""
@@ -113,6 +114,8 @@ class Presence(Transform):
 class SaveClassMap(Transform):
     """Write predictions (1, H, W) of class numbers 0 to 255 as grey PNG, named after their images.
 
+    A name that images in several folders share gets a number.
+
     Args:
         output_dir: folder of the files ``<image's name>.png``.
         key: of the prediction.
@@ -121,12 +124,17 @@ class SaveClassMap(Transform):
     def __init__(self, output_dir: str | Path, *, key: str = "pred") -> None:
         self.output_dir = Path(output_dir)
         self.key = key
+        self._names: dict[str, str] = {}
+        self._written: set[str] = set()
 
     def __call__(self, data: Mapping[str, Any]) -> Data:
         classes = data[self.key].as_subclass(Tensor)
         if classes.ndim != 3 or len(classes) != 1 or classes.min() < 0 or classes.max() > 255:
             raise ValueError(f"expected classes (1, H, W) from 0 to 255 in {self.key}, got {tuple(classes.shape)}")
-        path = self.output_dir / f"{Path(str(data['image'].meta['filename_or_obj'])).stem}.png"
+        source = str(data["image"].meta["filename_or_obj"])
+        if source not in self._names:
+            self._names[source] = unused(Path(source).stem, self._written)
+        path = self.output_dir / f"{self._names[source]}.png"
         with replacing(path) as partial:
             Image.fromarray(classes[0].byte().cpu().numpy()).save(partial)
         return dict(data)

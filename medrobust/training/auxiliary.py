@@ -32,20 +32,24 @@ class AuxiliaryLoss:
         self._hook: Any = None
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.STARTED, self.check)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.listen)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self.stop)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
 
-    def start(self, engine: Any) -> None:
-        """Listen at the door of the decode head."""
+    def check(self, engine: Any) -> None:
+        """Refuse a network without the head."""
         network: Any = bare(engine.network)
         if getattr(network, "auxiliary_head", None) is None:
             raise ValueError(
                 f"expected a network with an auxiliary_head, got {type(network).__name__} without: build it with "
                 "auxiliary=True or leave this handler out"
             )
+
+    def listen(self, engine: Any) -> None:
+        """At the door of the decode head, until the loss: nothing stays on it where a handler raises later."""
         self.stop()
+        network: Any = bare(engine.network)
         self._hook = network.decode_head.register_forward_pre_hook(self._keep)
 
     def stop(self) -> None:
@@ -63,9 +67,9 @@ class AuxiliaryLoss:
         output, network = engine.state.output, bare(engine.network)
         label = output["label"]
         logits = network.auxiliary_head(self._features)  # type: ignore[operator]
+        self.stop()
         logits = F.interpolate(logits, label.shape[2:], mode="bilinear", align_corners=False)
         value = self.loss(logits, label).mean()
-        self._features = None
         output["loss_aux"] = value.detach()
         output["loss"] = output["loss"] + self.weight * value
 

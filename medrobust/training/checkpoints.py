@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +93,16 @@ class Resumable:
             else:
                 one.load_state_dict(state[name])
         engine.state.epoch, engine.state.iteration = state["trainer"]["epoch"], state["trainer"]["iteration"]
+        length = engine.state.epoch_length
+        if length and engine.state.iteration != engine.state.epoch * length:
+            # The engine counts iterations; those of longer epochs (fewer processes, say) would end it too early.
+            before = engine.state.iteration // max(engine.state.epoch, 1)
+            warnings.warn(
+                f"an epoch had {before} iterations in {self.path.name} and has {length} now: the training goes on, but "
+                "its curve and a schedule by iterations are not those of an uninterrupted one",
+                stacklevel=2,
+            )
+            engine.state.iteration = engine.state.epoch * length
         engine.logger.info(
             f"going on from {self.path.name}: {engine.state.epoch} of {engine.state.max_epochs} epochs done"
         )

@@ -10,7 +10,9 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch import Tensor
 
+from medrobust.attacks.base import at
 from medrobust.attacks.pgd import PGD
+from medrobust.attacks.threat import radius
 from medrobust.handlers import bare, prepare, with_meta_of
 from medrobust.inferers import bind
 
@@ -21,7 +23,7 @@ class LeakingAdversarial:
     The public code zeroes the gradients, attacks by back-propagating through the whole network, and back-propagates
     the training loss on top. With k steps the weights so follow the sum of k + 1 gradients: k of the attack's loss in
     evaluation mode, the first of them on the clean image, and one of the training loss. ``CraftAdversarial`` with the
-    same attack gives the same images without that sum, and is what we train with.
+    same attack gives the same images without that sum, and is what we train with. Attach it before ``ClipGradient``.
 
     Args:
         attack: in an Linf ball, from the clean image, its last iterate: ``BIM(..., keep_best=False)``. Published: eps
@@ -33,7 +35,8 @@ class LeakingAdversarial:
     """
 
     def __init__(self, attack: PGD, *, image_key: str = "image") -> None:
-        if attack.norm != "linf" or attack.random_start or attack.keep_best or attack.targeted:
+        plain = isinstance(attack, PGD) and attack.norm == "linf"
+        if not plain or attack.random_start or attack.keep_best or attack.targeted:
             raise ValueError(
                 f"expected BIM(..., keep_best=False) in an Linf ball, got {attack!r}: the published form has no other"
             )
@@ -54,20 +57,21 @@ class LeakingAdversarial:
         model = bind(network, engine.inferer, *args, **kwargs)
         weights = [weight for weight in network.parameters() if weight.requires_grad]
         sums = [torch.zeros_like(weight) for weight in weights]
-        objective, step = self.attack.setting("objective"), self.attack.setting("step_size")
+        objective, steps = self.attack.setting("objective"), self.attack.steps
+        step_size = radius(self.attack.setting("step_size"), image)
         modes = [(module, module.training) for module in network.modules()]
         image_adv = image
         try:
             network.eval()
             with torch.inference_mode(False), torch.enable_grad():
-                for _ in range(self.attack.steps):
+                for step in range(steps):
                     image_adv = image_adv.detach().requires_grad_()
-                    loss = objective(model(image_adv), label.as_subclass(Tensor)).mean()
+                    loss = at(objective, step, steps)(model(image_adv), label.as_subclass(Tensor)).mean()
                     gradient, *of_weights = torch.autograd.grad(loss, [image_adv, *weights], allow_unused=True)
                     for total, one in zip(sums, of_weights, strict=True):
                         if one is not None:
                             total += one
-                    image_adv = self.attack.threat.project(image_adv + step * gradient.sign(), image)
+                    image_adv = self.attack.threat.project(image_adv + step_size * gradient.sign(), image)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -76,8 +80,9 @@ class LeakingAdversarial:
         engine.state.batch = {**engine.state.batch, f"{self.image_key}_clean": source, self.image_key: image_adv}
 
     def leak(self, engine: Any) -> None:
-        """Add them, averaged over processes as the distributed wrapper would have, under the trainer's loss scale."""
+        """Add them as the trainer adds its own: averaged over processes and accumulated steps, under its loss scale."""
         scale = engine.scaler.get_scale() if engine.amp and engine.scaler is not None else 1.0
+        scale /= engine.accumulation_steps
         for weight, total in self._leaked:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(total)

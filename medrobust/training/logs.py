@@ -25,7 +25,8 @@ def losses(output: Any) -> dict[str, float]:
 
 
 class CSVLog:
-    """Write one row per epoch: mean of the loss and of every term, learning rate, metrics of the last validation.
+    """Write one row per epoch: mean of the loss and of every term, the learning rate it began with, metrics of the last
+    validation.
 
     The file is replaced as a whole, so it is never half written; a resumed training keeps the rows before it. Only
     rank 0 writes. Attach it after the handler that validates.
@@ -40,6 +41,7 @@ class CSVLog:
         self.validator = validator
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
+        self._rate = 0.0
         self._validated: dict[str, float] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -49,8 +51,9 @@ class CSVLog:
         if self.validator is not None:
             self.validator.add_event_handler(Events.COMPLETED, self.validated)
 
-    def clear(self) -> None:
+    def clear(self, engine: Any) -> None:
         """A new epoch."""
+        self._rate = engine.optimizer.param_groups[0]["lr"]
         self._sums.clear()
         self._count = 0
         self._validated = {}
@@ -77,8 +80,7 @@ class CSVLog:
             with self.path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
         means = {name: total / self._count for name, total in self._sums.items()}
-        rate = engine.optimizer.param_groups[0]["lr"]
-        rows.append({"epoch": epoch, "iteration": engine.state.iteration, "lr": rate, **means, **self._validated})
+        rows.append({"epoch": epoch, "iteration": engine.state.iteration, "lr": self._rate, **means, **self._validated})
         columns = list(dict.fromkeys(name for row in rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
