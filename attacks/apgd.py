@@ -10,8 +10,8 @@ from torch import Tensor
 
 from medrobust.attacks.base import Attack, Best, Model, at, per_case
 from medrobust.attacks.norms import Norm, ball, random_start, scaled, steepest
-from medrobust.attacks.objectives import Objective, SoftDice
-from medrobust.attacks.scores import HardDice, VoxelError
+from medrobust.attacks.objectives import CrossEntropy, Objective, SoftDice
+from medrobust.attacks.scores import VoxelError, reported
 from medrobust.attacks.threat import Eps, ThreatModel, radius
 from medrobust.attacks.voxel_losses import VoxelLoss
 
@@ -32,9 +32,10 @@ class APGD(Attack):
             (``linf``), or a tuple of rows, one a case.
         norm: which ball; the published work has ``linf`` only.
         steps: gradient steps of one run. Below 100 nearly every step is a checkpoint and the search degenerates.
-        criterion: what the best image is chosen by; ``None`` is hard Dice.
-        track: what progress is measured by; ``None`` is the objective itself, or soft Dice for objectives that look at
-            some voxels only: those shrink while the attack succeeds.
+        criterion: what the best image is chosen by; ``None`` is hard Dice, or the share of wrong voxels when
+            targeted.
+        track: what progress is measured by; ``None`` is the objective itself, or soft Dice (cross-entropy when
+            targeted) for objectives that look at some voxels only: those shrink while the attack succeeds.
         random_start: begin at a random point of the ball instead of the clean image.
         restarts: independent runs; the best over all of them is returned. Needs ``random_start``.
         progressive: shrink the radius in three stages; needs at least 4 steps.
@@ -53,6 +54,7 @@ class APGD(Attack):
     as_published: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ball(self.norm, self.eps)
         if not all(isinstance(count, int) and count >= 1 for count in (self.steps, self.restarts)):
             raise ValueError(f"expected whole steps and restarts of at least 1, got {self.steps} and {self.restarts}")
@@ -64,8 +66,9 @@ class APGD(Attack):
     def defaults(self) -> dict[str, Any]:
         objective = self.objective or SoftDice()
         head = objective.head
-        track = SoftDice(head=head) if isinstance(objective, VoxelLoss) else objective
-        return {**super().defaults(), "criterion": HardDice(head=head), "track": track}
+        whole = CrossEntropy(head=head) if self.targeted else SoftDice(head=head)
+        track = whole if isinstance(objective, VoxelLoss) else objective
+        return {**super().defaults(), "criterion": reported(head, targeted=self.targeted), "track": track}
 
     @property
     def threat(self) -> ThreatModel:

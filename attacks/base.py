@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medrobust.attacks.objectives import Objective, SoftDice, predict
+from medrobust.attacks.scores import chooser
 from medrobust.attacks.threat import ThreatModel, Within
 
 Model = Callable[[Tensor], Tensor]
@@ -36,6 +37,13 @@ class Attack(ABC):
 
     objective: Objective | None = None
     targeted: bool = False
+
+    def __post_init__(self) -> None:
+        """Lists, as configurations have them, become tuples; a subclass that checks its settings calls this first."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, _tuples(value))
 
     @property
     @abstractmethod
@@ -146,6 +154,32 @@ class Attack(ABC):
         value = self.judge(objective or self.setting("objective"), logits, label)
         (gradient,) = torch.autograd.grad(value.sum(), image)
         return value.detach(), gradient, logits.detach()
+
+    def criterion_of(self) -> Objective:
+        """What the best image is chosen by, for attacks that keep it."""
+        return chooser(self.setting("objective"), targeted=self.targeted)
+
+    def weigh(
+        self, model: Model, image: Tensor, label: Tensor, step: int, steps: int, penalty: Tensor | float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """What is climbed at step ``step`` of ``steps``, and what the best image is chosen by, both (B,).
+
+        After the last step, ``step`` is ``steps``. A penalty is taken off the objective, not off another number.
+        """
+        objective, criterion = self.setting("objective"), self.criterion_of()
+        logits = model(image)
+        score = self.judge(at(objective, step, max(steps, 1)), logits, label) - penalty
+        same = criterion == objective
+        return score, (score if same else self.judge(criterion, logits, label)).detach()
+
+    def weighed_gradient(
+        self, model: Model, image: Tensor, label: Tensor, step: int, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the best image is chosen by, (B,), and the gradient of what is climbed, (B, C, *S); as ``weigh``."""
+        image = image.detach().requires_grad_()
+        score, chosen = self.weigh(model, image, label, step, steps)
+        (gradient,) = torch.autograd.grad(score.sum(), image)
+        return chosen, gradient
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{field.name}={self.setting(field.name)!r}" for field in fields(self))
@@ -260,7 +294,7 @@ def check_region(image: Tensor, region: Tensor, attack: str) -> Tensor:
         raise ValueError(f"{attack} expected a region of 0 and 1, got other values: compare a label map with a class")
     if not region.any():
         raise ValueError(f"{attack} expected a region with voxels in it, got an empty one: is it the right class?")
-    return region.bool().to(image.device)
+    return region.bool().to(image.device).clone()  # a region made in inference mode cannot be saved for a gradient
 
 
 def check_label_grid(image: Tensor, label: Tensor, attack: str) -> None:
@@ -279,6 +313,10 @@ def check_label_grid(image: Tensor, label: Tensor, attack: str) -> None:
         raise ValueError(
             f"{attack} expected whole-numbered labels, got fractions or NaN: resample labels by nearest neighbour"
         )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from medrobust.attacks.objectives import Objective
 from medrobust.attacks.pgd import PGD
-from medrobust.attacks.scores import HardDice
+from medrobust.attacks.scores import reported
 from medrobust.attacks.voxel_losses import CosPGDLoss
 
 
@@ -17,14 +17,16 @@ class CosPGD(PGD):
 
     Args:
         criterion: what the best image is chosen by: the weights make the objective itself small where it has won.
+            ``None`` is hard Dice, or the share of wrong voxels when targeted.
     """
 
     criterion: Objective | None = None
 
     def defaults(self) -> dict[str, Any]:
         objective = self.objective or CosPGDLoss()
-        return {**super().defaults(), "objective": objective, "criterion": HardDice(head=objective.head)}
+        criterion = reported(objective.head, targeted=self.targeted)
+        return {**super().defaults(), "objective": objective, "criterion": criterion}
 
-    def criterion_of(self) -> Objective | None:
+    def criterion_of(self) -> Objective:
         found: Objective = self.setting("criterion")
         return found

@@ -26,6 +26,7 @@ class FGSM(Attack):
     norm: Norm = "linf"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ball(self.norm, self.eps)
 
     @property

@@ -28,7 +28,7 @@ class MIFGSM(Attack):
         steps: gradient steps; the image after the last one is judged too.
         step_size: length of a step, in the unit of ``eps``; ``None`` is ``eps / steps``, as in the paper.
         decay: what remains of the sum at the next step; 0 is BIM, 1 the paper's choice.
-        keep_best: return the iterate of the highest score; ``False``, the textbook form, returns the last one.
+        keep_best: return the best iterate, chosen as PGD does; ``False``, the textbook form, returns the last one.
     """
 
     eps: Eps = 8 / 255
@@ -39,6 +39,7 @@ class MIFGSM(Attack):
     keep_best: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ball(self.norm, self.eps)
         if not (isinstance(self.steps, int) and self.steps >= 1):
             raise ValueError(f"expected whole steps of at least 1, got {self.steps}")
@@ -56,13 +57,13 @@ class MIFGSM(Attack):
         best = Best()
         image_adv, momentum = image, torch.zeros_like(image)
         step_size = radius(self.setting("step_size"), image)
-        for _ in range(self.steps):
-            score, gradient = self.gradient(model, image_adv, label)
-            best.update(score, image_adv)
+        for step in range(self.steps):
+            chosen, gradient = self.weighed_gradient(model, image_adv, label, step, self.steps)
+            best.update(chosen, image_adv)
             size = gradient.abs().flatten(1).sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
             momentum = self.decay * momentum + gradient / per_case(size, gradient)
             image_adv = self.threat.project(image_adv + step_size * steepest(self.norm, momentum), image)
         if self.keep_best:
             with torch.no_grad():
-                best.update(self.score(model, image_adv, label), image_adv)
+                best.update(self.weigh(model, image_adv, label, self.steps, self.steps)[1], image_adv)
         return best.image_adv if self.keep_best and best.image_adv is not None else image_adv

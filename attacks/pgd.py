@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medrobust.attacks.base import Attack, Best, Model, at
+from medrobust.attacks.base import Attack, Best, Model
 from medrobust.attacks.norms import Norm, ball, random_start, scaled, steepest
-from medrobust.attacks.objectives import Objective
 from medrobust.attacks.threat import Eps, ThreatModel, radius
 
 
@@ -26,7 +25,8 @@ class PGD(Attack):
         step_size: length of a step, in the unit of ``eps``; ``None`` is ``2.5 * eps / steps`` (the paper's rule).
         random_start: begin at a random point of the ball instead of the clean image.
         restarts: independent runs; the best over all of them is returned. Needs ``random_start``.
-        keep_best: return the iterate of the highest score; ``False``, the textbook form, returns the last one.
+        keep_best: return the best iterate, by the objective, or by the reported number where the objective cannot tell
+            (:func:`medrobust.attacks.scores.chooser`); ``False``, the textbook form, returns the last one.
     """
 
     eps: Eps = 8 / 255
@@ -38,6 +38,7 @@ class PGD(Attack):
     keep_best: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ball(self.norm, self.eps)
         if not all(isinstance(count, int) and count >= 1 for count in (self.steps, self.restarts)):
             raise ValueError(f"expected whole steps and restarts of at least 1, got {self.steps} and {self.restarts}")
@@ -53,26 +54,19 @@ class PGD(Attack):
     def threat(self) -> ThreatModel:
         return ball(self.norm, self.eps)
 
-    def criterion_of(self) -> Objective | None:
-        """What the best image is chosen by; ``None``: the objective itself, which then must not change on the way."""
-        return None
-
     def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         best = Best()
         image_adv = image
-        criterion = self.criterion_of()
         step_size = radius(self.setting("step_size"), image)
         for _ in range(self.restarts):
             start = random_start(self.norm, self.eps, image, generator) if self.random_start else image
             image_adv = self.threat.project(start, image)
             for step in range(self.steps):
-                objective = at(self.setting("objective"), step, self.steps)
-                score, gradient, logits = self.ascent(model, image_adv, label, objective)
+                chosen, gradient = self.weighed_gradient(model, image_adv, label, step, self.steps)
                 if self.keep_best:
-                    best.update(self.judge(criterion, logits, label) if criterion else score, image_adv)
+                    best.update(chosen, image_adv)
                 image_adv = self.threat.project(image_adv + step_size * steepest(self.norm, gradient), image)
             if self.keep_best:
                 with torch.no_grad():
-                    judged = criterion or self.setting("objective")
-                    best.update(self.judge(judged, model(image_adv), label), image_adv)
+                    best.update(self.weigh(model, image_adv, label, self.steps, self.steps)[1], image_adv)
         return best.image_adv if self.keep_best and best.image_adv is not None else image_adv

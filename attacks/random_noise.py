@@ -10,9 +10,34 @@ from torch import Tensor
 
 from medrobust.attacks.base import Attack, Model, draw, per_case
 from medrobust.attacks.norms import Norm, ball
-from medrobust.attacks.threat import Eps, ThreatModel, radius
+from medrobust.attacks.threat import SLACK, Eps, L2Ball, ThreatModel, radius
 
 HALVINGS = 40
+LOUD = 1e6
+"""Factor at which white noise drives every voxel to 0 or 1, but for one in a million."""
+
+
+@dataclass(frozen=True)
+class NoiseBall(L2Ball):
+    """The images of an L2 ball, with a projection that scales a perturbation before clipping, not after.
+
+    So noise that is too loud ends on the edge of the ball although clipping shortens it, inside a region as well.
+    """
+
+    def project(self, image_adv: Tensor, image: Tensor) -> Tensor:
+        delta = image_adv - image
+        target = image.new_zeros(len(image), dtype=torch.float64)
+        target = target + torch.as_tensor(radius(self.eps, image)).flatten().to(target)
+        low, high = target / _norm(delta).clamp_min(torch.finfo(torch.float64).tiny), torch.ones_like(target)
+        outside = _norm(image_adv.clamp(0, 1) - image) > target * (1 + SLACK)
+        if not outside.any():
+            return image_adv.clamp(0, 1)
+        # The norm grows with the scale. The scale may be anywhere between 1e-12 and 1: its logarithm is halved.
+        for _ in range(HALVINGS):
+            middle = (low * high).sqrt()
+            over = _norm(_moved(image, delta, middle) - image) > target
+            low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+        return torch.where(per_case(outside, image), _moved(image, delta, low), image_adv.clamp(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -20,7 +45,8 @@ class RandomNoise(Attack):
     """The largest random perturbation that the ball allows; looks at neither the model nor the label.
 
     ``linf``: every voxel moves by ``eps`` up or down at random. ``l2``: white Gaussian noise, scaled case by case so
-    that its norm is ``eps`` after clipping to [0, 1].
+    that its norm is ``eps`` after clipping to [0, 1], within the region where one is given. Where even noise that
+    drives all voxels to 0 or 1 is shorter, that is the result.
 
     Args:
         eps: radius of the ball; intensity in [0, 1] for ``linf``, Euclidean norm over all voxels for ``l2``; a tuple
@@ -34,34 +60,24 @@ class RandomNoise(Attack):
     norm: Norm = "linf"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ball(self.norm, self.eps)
 
     @property
     def threat(self) -> ThreatModel:
-        return ball(self.norm, self.eps)
+        return NoiseBall(self.eps) if self.norm == "l2" else ball(self.norm, self.eps)
 
     def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
         noise = draw(torch.randn, image, generator)
         if self.norm == "linf":
             return image + radius(self.eps, image) * torch.where(noise < 0, -1.0, 1.0).to(image)
-        return self._scaled(image, noise.expand_as(image))
+        # Only the projection knows the region: it scales what lies there.
+        return image + LOUD * noise
 
-    def _scaled(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Bisect the scale at which the clipped noise has the wanted norm: the norm grows with the scale."""
-        low = image.new_zeros(len(image))
-        high = torch.full_like(low, 2.0 / noise.abs().amax().clamp_min(1e-9).item())
-        target = torch.zeros_like(low) + torch.as_tensor(radius(self.eps, image)).flatten().to(low)
-        for _ in range(HALVINGS):
-            short = self._norm(image, noise, high) < target
-            if not short.any():
-                break
-            high = torch.where(short & (high < 1e6), 2 * high, high)
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            over = self._norm(image, noise, middle) > target
-            low, high = torch.where(over, low, middle), torch.where(over, middle, high)
-        return (image + per_case(low, image) * noise).clamp(0, 1)
 
-    def _norm(self, image: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
-        delta = (image + per_case(scale, image) * noise).clamp(0, 1) - image
-        return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+def _norm(delta: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(delta.flatten(1), dim=1, dtype=torch.float64)
+
+
+def _moved(image: Tensor, delta: Tensor, scale: Tensor) -> Tensor:
+    return (image + per_case(scale, image).to(image) * delta).clamp(0, 1)

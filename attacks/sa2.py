@@ -72,6 +72,8 @@ class Step(NamedTuple):
     """The factors it was made with, (B, C, N, *block); for slices of a volume (B, C * D, N, *block)."""
     score: Tensor
     """What the attacker maximises, (B,)."""
+    chosen: Tensor
+    """What the best image is chosen by, (B,): the score, or the reported number where the objective cannot tell."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -94,7 +96,7 @@ class SA2(Attack):
         ssim_weight: weight of the structural dissimilarity that is taken off the objective. ``None`` is 0: the bound
             limits the change already, and the penalty would hide what is possible within it. With ``reference`` it is
             the published command's 0.75 / 0.2.
-        keep_best: return the image of the highest score; ``False`` returns the last one.
+        keep_best: return the best image, chosen as PGD does; ``False`` returns the last one.
         reference: the published code's arithmetic: Dice plus cross-entropy, steps of 0.1, a model that sees
             intensities outside [0, 1], clipped only at the end; returns the image before the last update.
     """
@@ -139,7 +141,7 @@ class SA2(Attack):
         for step in self.trajectory(model, image, label, generator):
             last = step.image_adv
             if self.keep_best and not self.reference:
-                best.update(step.score, last)
+                best.update(step.chosen, last)
         return last if best.image_adv is None else best.image_adv
 
     def trajectory(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Iterator[Step]:
@@ -148,19 +150,19 @@ class SA2(Attack):
         ssim = BlockSSIM(image, image.ndim - 2) if self.setting("ssim_weight") else None
         start = self.rho * (2 * draw(torch.rand, coefficients, generator) - 1) if self.random_start else 0.0
         xi = torch.ones_like(coefficients) + start
-        for _ in range(self.steps):
+        for i in range(self.steps):
             xi.requires_grad_()
             with torch.enable_grad():
                 image_adv = self._image(image, coefficients, xi)
-                score = self._score(model, image_adv, label, ssim)
+                score, chosen = self._score(model, image_adv, label, i, ssim)
                 (gradient,) = torch.autograd.grad(score.sum(), xi)
-            yield Step(image_adv.detach(), xi.detach(), score.detach())
+            yield Step(image_adv.detach(), xi.detach(), score.detach(), chosen)
             xi = xi.detach() + self.setting("step_size") * gradient.sign()
             xi = xi.clamp(1 - self.rho, 1 + self.rho)
         if not self.reference:
             with torch.no_grad():
                 image_adv = self._image(image, coefficients, xi)
-                yield Step(image_adv, xi, self._score(model, image_adv, label, ssim))
+                yield Step(image_adv, xi, *self._score(model, image_adv, label, self.steps, ssim))
 
     def _image(self, image: Tensor, coefficients: Tensor, xi: Tensor) -> Tensor:
         """The image of these factors. What they add is added: where a factor is 1, nothing is rounded."""
@@ -169,12 +171,11 @@ class SA2(Attack):
         delta = slices_last(merge(delta, slices_first(image, block).shape[2:]), image)
         return image + delta if self.reference else (image + delta).clamp(0, 1)
 
-    def _score(self, model: Model, image_adv: Tensor, label: Tensor, ssim: BlockSSIM | None) -> Tensor:
-        score = self.score(model, image_adv, label)
-        if ssim is None:
-            return score
-        similarity = ssim(image_adv).clamp_min(0).mean(1)
-        return score - self.setting("ssim_weight") * (1 - similarity)
+    def _score(
+        self, model: Model, image_adv: Tensor, label: Tensor, i: int, ssim: BlockSSIM | None
+    ) -> tuple[Tensor, Tensor]:
+        change = 0.0 if ssim is None else 1 - ssim(image_adv).clamp_min(0).mean(1)
+        return self.weigh(model, image_adv, label, i, self.steps, self.setting("ssim_weight") * change)
 
 
 def spectrum(image: Tensor, block: tuple[int, ...], band: Band = "all") -> Tensor:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medrobust.attacks.objectives import Head, check_label, is_softmax, predict
+from medrobust.attacks.objectives import Head, Objective, check_label, is_softmax, predict
+from medrobust.attacks.voxel_losses import VoxelLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,25 @@ class VoxelError:
         wrong = ((predict(logits, self.head).flatten(1) != y) & (y >= 0)).sum(1)
         voxels = y.shape[1] if self.of_all else (y >= 0).sum(1).clamp_min(1)
         return wrong.to(torch.promote_types(logits.dtype, torch.float32)) / voxels
+
+
+def reported(head: Head, *, targeted: bool) -> HardDice | VoxelError:
+    """The number that an attack is reported by: Dice, or toward a target the share of voxels that are not as wanted.
+
+    Dice cannot tell there: of a class that shall be absent it is 0 until the last voxel is gone.
+    """
+    return VoxelError(head=head) if targeted else HardDice(head=head)
+
+
+def chooser(objective: Objective, *, targeted: bool) -> Objective:
+    """What the best image of an attack on ``objective`` is chosen by: the objective itself where it can tell.
+
+    An objective that looks at some voxels only shrinks while the attack succeeds, and one that changes from step to
+    step has no values to compare: there it is the reported number.
+    """
+    if isinstance(objective, VoxelLoss) or hasattr(objective, "at"):
+        return reported(objective.head, targeted=targeted)
+    return objective
 
 
 def _counts(pred: Tensor, label: Tensor, classes: int) -> tuple[Tensor, Tensor]:

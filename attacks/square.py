@@ -28,7 +28,8 @@ class Square(Attack):
     """Change one random square (cube) at a time and keep it where the score rises (Algorithms 1 to 3).
 
     No gradient is asked for: it also shows whether a model that resists gradients only hides them. Here the score is
-    that of a whole segmentation, and each case keeps what raises its own. All cases of a batch try the same squares.
+    that of a whole segmentation (hard Dice for objectives that look at some voxels only), and each case keeps what
+    raises its own. All cases of a batch try the same squares.
 
     ``linf`` starts from stripes of +-eps that run along the first spatial axis and sets squares to +-eps, one sign per
     channel. ``l2`` starts from a grid of bumps, and moves the norm of one window into a new bump in another.
@@ -47,6 +48,7 @@ class Square(Attack):
     p_init: float = 0.8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ball(self.norm, self.eps)
         if not (isinstance(self.queries, int) and self.queries >= 2):
             raise ValueError(
@@ -61,15 +63,19 @@ class Square(Attack):
 
     @torch.no_grad()
     def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
-        def asked(x: Tensor) -> Tensor:
-            return model(x).double()  # what one small square changes in a whole volume drowns in single precision
+        # A search climbs what images are chosen by: an objective that shrinks while it succeeds leads it back.
+        criterion = self.criterion_of()
 
-        clean = self.score(asked, image, label)
+        def score_of(x: Tensor) -> Tensor:
+            # What one small square changes in a whole volume drowns in single precision.
+            return self.judge(criterion, model(x).double(), label)
+
+        clean = score_of(image)
         best, current = Best(), None
         for i in range(self.queries - 1):
             tried = self.start(image, generator) if current is None else self.change(current, image, i - 1, generator)
             tried = self.threat.project(tried, image)
-            best.update(self.score(asked, tried, label), tried)
+            best.update(score_of(tried), tried)
             current = best.image_adv
         best.update(clean, image)  # only now: the search goes on from its start, also where that is a bad one
         return image if best.image_adv is None else best.image_adv

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medrobust.attacks.base import Attack, Model
 from medrobust.attacks.norms import ball
-from medrobust.attacks.threat import ThreatModel
+from medrobust.attacks.threat import Eps, ThreatModel, radius
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -25,23 +25,25 @@ class Universal(Attack):
 
     Args:
         file: written by :func:`medrobust.universal.save`; none changes nothing. Records name it by its hash.
-        eps: radius of the Linf ball; a perturbation that was made for another one is scaled to it.
+        eps: radius of the Linf ball, or a tuple as PGD takes it; a perturbation that was made for another one is scaled
+            to it.
     """
 
     blind: ClassVar[bool] = True
 
     file: str = ""
-    eps: float = 8 / 255
+    eps: Eps = 8 / 255
     norm: ClassVar[str] = "linf"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ball("linf", self.eps)
         if self.file:
             load(self.file)
 
     def setting(self, name: str) -> Any:
         if name == "file" and self.file:
-            return f"{Path(self.file).name} sha256:{hashlib.sha256(Path(self.file).read_bytes()).hexdigest()[:12]}"
+            return f"{Path(self.file).name} sha256:{_digest(Path(self.file))[:12]}"
         return super().setting(name)
 
     @property
@@ -57,7 +59,7 @@ class Universal(Attack):
                 f"expected a universal perturbation for images {tuple(image.shape[1:])}, got one of shape "
                 f"{tuple(delta.shape)}: make one on images of these channels and dimensions"
             )
-        return image + resized(delta[None].to(image), image) * (self.eps / eps)
+        return image + resized(delta[None].to(image), image) * (radius(self.eps, image) / eps)
 
 
 def resized(delta: Tensor, like: Tensor) -> Tensor:
@@ -67,7 +69,6 @@ def resized(delta: Tensor, like: Tensor) -> Tensor:
     return delta if delta.shape[2:] == size else F.interpolate(delta, size, mode=mode)
 
 
-@lru_cache(maxsize=2)
 def load(file: str) -> tuple[Tensor, float]:
     """The perturbation (C, *s) in a file, and the eps it was made for.
 
@@ -77,6 +78,16 @@ def load(file: str) -> tuple[Tensor, float]:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"expected a universal perturbation in {path}, got no such file: make one first")
+    return _read(path, _digest(path))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, digest: str) -> tuple[Tensor, float]:
+    """As :func:`load`; the digest is there so that a file that was written anew is read anew."""
     found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not {"delta", "eps"} <= found.keys():
         raise ValueError(f"expected a file written by medrobust.universal.save, got another in {path.name}")

@@ -24,7 +24,7 @@ from medrobust.transforms.dct import dct, idct
 from medrobust.transforms.quantize import nearest_quantum, quantize
 from medrobust.transforms.ssim import BlockSSIM
 
-ScoreOf = Callable[[Tensor], Tensor]
+ScoreOf = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 SOFTNESS = 0.1
 """Softness of the rounding at the first step; it falls linearly and would reach 0 after the last."""
@@ -39,6 +39,8 @@ class Step(NamedTuple):
     """The tables it was rendered with, (B, C, N, *block), on the 0..255 scale of intensities."""
     score: Tensor
     """What the attacker maximises, (B,)."""
+    chosen: Tensor
+    """What the best image is chosen by, (B,): the score, or the reported number where the objective cannot tell."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -123,7 +125,7 @@ class VAFA(Attack):
         last = image
         for step in self.trajectory(model, image, label):
             last = step.image_adv
-            better = best.update(step.score, last)
+            better = best.update(step.chosen, last)
             best_q = step.q if best_q.numel() == 0 else torch.where(per_case(better, step.q), step.q, best_q)
         if self.final == "hard" and self.setting("solver") == "soft":
             q = step.q if self.reference else best_q
@@ -136,7 +138,7 @@ class VAFA(Attack):
         ssim = BlockSSIM(self._blocks(image), len(self.block_size)) if self.ssim_weight else None
         q = torch.full_like(coefficients, self.setting("q_init"))
         walk = self._walk if self.setting("solver") == "projected" else self._walk_softly
-        yield from walk(q, coefficients, lambda image_adv: self._score(model, image_adv, label, ssim), image)
+        yield from walk(q, coefficients, lambda image_adv, i: self._score(model, image_adv, label, i, ssim), image)
 
     def _walk(self, q: Tensor, coefficients: Tensor, score_of: ScoreOf, image: Tensor) -> Iterator[Step]:
         """Projected sign gradient among the coefficients that tables can make; steps shrink towards the end."""
@@ -145,8 +147,8 @@ class VAFA(Attack):
             quantized = quantize(coefficients, q, 0.0).requires_grad_(not last)
             with torch.set_grad_enabled(not last):
                 image_adv = self._image(quantized, image)
-                score = score_of(image_adv)
-            yield Step(image_adv.detach(), q, score.detach())
+                score, chosen = score_of(image_adv, i)
+            yield Step(image_adv.detach(), q, score.detach(), chosen)
             if not last:
                 (gradient,) = torch.autograd.grad(score.sum(), quantized)
                 target = quantized.detach() + self.setting("step_size") * (1 - i / self.steps) * gradient.sign()
@@ -158,21 +160,20 @@ class VAFA(Attack):
             q.requires_grad_()
             with torch.enable_grad():
                 image_adv = self._render(coefficients, q, SOFTNESS * (1 - i / self.steps), image)
-                score = score_of(image_adv)
+                score, chosen = score_of(image_adv, i)
                 (gradient,) = torch.autograd.grad(score.sum(), q)
-            yield Step(image_adv.detach(), q.detach(), score.detach())
+            yield Step(image_adv.detach(), q.detach(), score.detach(), chosen)
             q = (q.detach() + self.setting("step_size") * gradient.sign()).clamp(self.setting("q_min"), self.q_max)
         if self.steps == 0 or not self.reference:
             with torch.no_grad():
                 image_adv = self._render(coefficients, q, SOFTNESS / max(self.steps, 1), image)
-                yield Step(image_adv, q, score_of(image_adv))
+                yield Step(image_adv, q, *score_of(image_adv, self.steps))
 
-    def _score(self, model: Model, image_adv: Tensor, label: Tensor, ssim: BlockSSIM | None) -> Tensor:
-        score = self.score(model, image_adv, label)
-        if ssim is None:
-            return score
-        similarity = ssim(self._blocks(image_adv)).clamp_min(0).flatten(1).mean(1)
-        return score - self.ssim_weight * (1 - similarity)
+    def _score(
+        self, model: Model, image_adv: Tensor, label: Tensor, i: int, ssim: BlockSSIM | None
+    ) -> tuple[Tensor, Tensor]:
+        change = 0.0 if ssim is None else 1 - ssim(self._blocks(image_adv)).clamp_min(0).flatten(1).mean(1)
+        return self.weigh(model, image_adv, label, i, self.steps, self.ssim_weight * change)
 
     def _render(self, coefficients: Tensor, q: Tensor, alpha: float, image: Tensor) -> Tensor:
         """The image that quantised coefficients stand for, in [0, 1]."""

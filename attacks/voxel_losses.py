@@ -187,31 +187,38 @@ class MCEDice(VoxelLoss):
     With n label and m predicted voxels of a class and Dice D = 2 TP / (n + m), losing a true voxel costs
     (2 - D) / (n + m) and a new false one costs D / (n + m). Right foreground voxels weigh the first of their class;
     right background voxels the second, of the class that is next in line there. The weights follow the prediction from
-    step to step; classes that neither map shows weigh nothing.
+    step to step. The first false voxel of a class that neither map shows costs its whole Dice, 1, wherever it appears:
+    that 1 is shared among all voxels that have a say, for at full weight each of them would drown the other classes.
+    Toward a label without a class, the 1 is shared among the voxels that still show it.
     """
 
     def values(self, voxels: Voxels) -> Tensor:
-        # A targeted attack wants the label's Dice to rise: it looks at what is missing, with the same weights.
+        # A targeted attack wants the label's Dice to rise: it looks at what is missing.
         return torch.where(self.looked_at(voxels), -voxels.log_p, 0) * self._weight(voxels)
 
-    @staticmethod
-    def _weight(voxels: Voxels) -> Tensor:
+    def _weight(self, voxels: Voxels) -> Tensor:
         u, y, valid = voxels.logits.detach(), voxels.label, voxels.valid
         if not voxels.softmax:
             pred = (u > 0) & valid
             true = (y == 1) & valid
             size = (pred.sum(-1, keepdim=True) + true.sum(-1, keepdim=True)).to(u.dtype)
             dice = 2 * (pred & true).sum(-1, keepdim=True) / size.clamp_min(1)
-            return torch.where(size > 0, torch.where(true, 2 - dice, dice) / size.clamp_min(1), 0)
+            gain = self._gain(dice, size, true.sum(-1, keepdim=True), valid.sum(-1, keepdim=True))
+            return torch.where(true, (2 - dice) / size.clamp_min(1), gain)
         classes = torch.arange(u.shape[1], device=u.device).view(1, -1, 1)
         pred, true = (u.max(1, keepdim=True).indices == classes) & valid, (y == classes) & valid
         size = (pred.sum(-1) + true.sum(-1)).to(u.dtype)
         dice = 2 * (pred & true).sum(-1) / size.clamp_min(1)
         lose = torch.where(size > 0, (2 - dice) / size.clamp_min(1), 0)
-        gain = torch.where(size > 0, dice / size.clamp_min(1), 0)
+        gain = self._gain(dice, size, true.sum(-1), valid.sum(-1))
         runner_up = u[:, 1:].max(1).indices + 1
         own = y[:, 0].clamp_min(0)
         return torch.where(own > 0, lose.gather(1, own), gain.gather(1, runner_up))[:, None]
+
+    def _gain(self, dice: Tensor, size: Tensor, labelled: Tensor, voxels: Tensor) -> Tensor:
+        """What a false voxel of each class is worth: the Dice it costs, or, when targeted, what its going brings."""
+        gain = torch.where(size > 0, dice / size.clamp_min(1), 1 / voxels.clamp_min(1))
+        return torch.where(labelled == 0, 1 / size.clamp_min(1), gain) if self.targeted else gain
 
 
 @dataclass(frozen=True, kw_only=True)

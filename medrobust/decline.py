@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from medrobust.budgets import parse
+from medrobust.ensembles import filled
+from medrobust.labels import told_apart
 from medrobust.records import CLEAN, Record
 from medrobust.statistics import per_case, worst_case
 
@@ -36,7 +38,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """An attack or a noise under growing budgets, smallest first."""
+    """An attack or a noise under growing budgets, smallest first; no two curves have one name."""
 
     name: str
     unit: str
@@ -47,9 +49,10 @@ class Curve:
 def decline(records: Iterable[Record]) -> list[Curve]:
     """The curves in records of one model: attacks with at least three budgets on the same cases, in order.
 
-    Two attacks belong to one curve if they differ in nothing but their budget, and step sizes that follow from it.
+    Two attacks belong to one curve if they differ in nothing but their budget, and step sizes that follow from it. A
+    case that a member of an ensemble skipped, since another had broken it, is broken in the curves of both.
     """
-    records = list(records)
+    records = filled(records)
     clean = per_case(_of(records, CLEAN, "dice"))
     series: dict[tuple[str, str, str], dict[float, list[Record]]] = {}
     for record in records:
@@ -57,16 +60,19 @@ def decline(records: Iterable[Record]) -> list[Curve]:
         if math.isfinite(size):
             key = (_without_budget(record.attack), record.protocol, f"{kind}{unit and ', ' + unit}")
             series.setdefault(key, {}).setdefault(size, []).append(record)
-    curves = []
+    curves, kinds, steps = [], [], []
     for (attack, protocol, unit), budgets in series.items():
         points = _points(budgets, clean)
         if len(points) >= FEWEST:
-            name = attack.partition("(")[0] + attack.rpartition(")")[2]
-            control = "Noise" in name
-            curves.append(
-                Curve(name=name if control else f"{name}, {protocol}", unit=unit, control=control, points=points)
-            )
-    return curves
+            kind = attack.partition("(")[0] + attack.rpartition(")")[2]
+            name = _shared_words(row.condition for rows in budgets.values() for row in rows) or kind
+            control = "Noise" in kind
+            name = name if control else f"{name}, {protocol}"
+            curves.append(Curve(name=name, unit=unit, control=control, points=points))
+            kinds.append(kind)
+            steps.append(parse(attack)[3])
+    names = told_apart([curve.name for curve in curves], kinds, steps, [curve.unit for curve in curves])
+    return [replace(curve, name=name) for curve, name in zip(curves, names, strict=True)]
 
 
 def _points(budgets: Mapping[float, list[Record]], clean: Mapping[str, float]) -> list[Point]:
@@ -89,6 +95,12 @@ def _mean(values: Mapping[str, float]) -> float | None:
 
 def _of(records: Iterable[Record], condition: str, metric: str) -> list[Record]:
     return [record for record in records if (record.condition, record.metric) == (condition, metric)]
+
+
+def _shared_words(conditions: Iterable[str]) -> str:
+    """What the conditions of a curve have in common: their names without the size, ``"PGD"`` of ``"PGD 4/255"``."""
+    first, *others = [condition.split() for condition in dict.fromkeys(conditions)]
+    return " ".join(word for word in first if all(word in other for other in others))
 
 
 def _without_budget(attack: str) -> str:

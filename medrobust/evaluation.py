@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from medrobust.attacks.base import Attack, check_image, check_label_grid, frozen
 from medrobust.attacks.objectives import predict
 from medrobust.attacks.random_noise import RandomNoise
+from medrobust.attacks.threat import Eps
 from medrobust.attacks.vafa import VAFA
 from medrobust.data.images import as_stored
 from medrobust.goals import Goal
@@ -150,8 +151,7 @@ def conditions(
         noise = RandomNoise(norm=norm, eps=eps) if norm else None
         if noise is not None and noise not in given:
             given.append(noise)
-            budget = f"{eps * 255:g}/255" if norm == "linf" else f"L2 {eps:g}"
-            found.append(Condition(name=f"noise {budget}", attack=noise, protocol=WHOLE))
+            found.append(Condition(name=f"noise {_size(norm, eps)}", attack=noise, protocol=WHOLE))
         once = attack.blind or norm == "l2"
         for protocol in [WHOLE] if once else protocols:
             team = ensemble_of(name, attack)
@@ -210,6 +210,13 @@ def transfer_conditions(attacks: Mapping[str, Attack], surrogates: Mapping[str, 
 def prompt_conditions(keys: Sequence[str]) -> list[Condition]:
     """The text side: each case under another of its prompts, on the clean image."""
     return [Condition(name=f"prompt {key}", attack=Recorded(text=f"Prompt({key!r})"), prompt=key) for key in keys]
+
+
+def _size(norm: str, eps: Eps) -> str:
+    """A radius in words: ``8/255``, ``4/255,8/255`` for two channels, ``L2 2``; rows of several cases after ``;``."""
+    if isinstance(eps, tuple):
+        return (";" if isinstance(eps[0], tuple) else ",").join(_size(norm, part) for part in eps)
+    return f"{eps * 255:g}/255" if norm == "linf" else f"L2 {eps:g}"
 
 
 def is_broken(records: Iterable[Record]) -> bool:
@@ -341,9 +348,7 @@ class Evaluation:
                     attack = Recorded(text=condition.text, seed=self.seed)
                 elif isinstance(attack, Attack):
                     if condition.match:
-                        # Noise is drawn everywhere; what falls outside the region is dropped.
-                        share = 1.0 if region is None else region.float().mean().item()
-                        attack = RandomNoise(norm="l2", eps=measured[condition.match] / share**0.5)
+                        attack = RandomNoise(norm="l2", eps=measured[condition.match])
                     key = condition.stored[0] if condition.stored else condition.name, condition.protocol
                     if key not in crafted:
                         crafted = {key: self._craft(attack, condition, model, clean, toward, inputs, region)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +13,13 @@ from medrobust.budgets import budget
 from medrobust.records import CLEAN, Record
 
 METRICS = ("goal", "reached", "reached_before", "dice_to_target", "dice_to_target_before")
-_WISH = " toward '"
+_WISH = re.compile(r""" toward ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"): """)
+"""A goal in words as Python writes a text: in double quotes where a structure's name has an apostrophe."""
 
 
 def is_targeted(attack: str) -> bool:
     """Whether the text of an attack in records has a goal."""
-    return _WISH in attack
+    return bool(_WISH.search(attack))
 
 
 def goals_table(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -76,4 +79,5 @@ def _goal(
 
 
 def _wish(attack: str) -> str:
-    return attack.partition(_WISH)[2].partition("': ")[0]
+    found = _WISH.search(attack)
+    return str(ast.literal_eval(found[1])) if found else ""

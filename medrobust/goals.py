@@ -56,7 +56,8 @@ class Goal(ABC):
         """What the attacker wants to see instead of ``label``.
 
         Args:
-            label: (B, 1, H, W) or (B, 1, H, W, D) classes from 0. Metadata is dropped.
+            label: (B, 1, H, W) or (B, 1, H, W, D) classes from 0; voxels of -1 have no say, and keep their -1. They are
+                nobody's boundary and take no part in a volume. Metadata is dropped.
             spacing: voxel size in mm: one number, or one for each spatial axis.
 
         Returns:
@@ -71,7 +72,7 @@ class Goal(ABC):
         targets = []
         for case, one in enumerate(classes):
             try:
-                targets.append(self.change(one, sizes))
+                targets.append(np.where(one < 0, -1, self.change(one, sizes)))
                 if np.array_equal(targets[-1], one):
                     raise ValueError(f"expected a goal that changes the label, got {self!r}: ask for more")
             except ValueError as error:
@@ -229,13 +230,14 @@ class _Resize(Goal):
     @final
     def change(self, label: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
         mask = _mask(label, self.class_index)
-        if mask.all():
+        closed = mask | (label < 0)
+        if closed.all():
             raise ValueError(f"expected class {self.class_index} to have a boundary, but it fills the image")
         if self.amount() > 0:
             distance = ndimage.distance_transform_edt(~mask, sampling=spacing)
-            allowed = ~mask if self.over == "all" else label == 0
+            allowed = ~closed if self.over == "all" else label == 0
             return np.where(self.choose(distance, allowed, mask.sum()), self.class_index, label)
-        lost = self.choose(ndimage.distance_transform_edt(mask, sampling=spacing), mask, mask.sum())
+        lost = self.choose(ndimage.distance_transform_edt(closed, sampling=spacing), mask, mask.sum())
         if np.array_equal(lost, mask):
             raise ValueError(f"expected {self!r} to leave some of the class, got none: Erase makes it disappear")
         return _filled(label, lost, self.class_index, self.fill, spacing)
@@ -340,7 +342,7 @@ _OVER = {"all": "over every other class", "background": "over background only"}
 def _mask(label: np.ndarray, class_index: int) -> np.ndarray:
     mask = label == class_index
     if not mask.any():
-        held = ", ".join(str(k) for k in np.unique(label))
+        held = ", ".join(str(k) for k in np.unique(label) if k >= 0) or "none"
         raise ValueError(f"expected class {class_index} in the label, got {held}: leave this case out")
     return mask
 
@@ -348,7 +350,7 @@ def _mask(label: np.ndarray, class_index: int) -> np.ndarray:
 def _filled(label: np.ndarray, gone: np.ndarray, class_index: int, fill: Fill, spacing: Sequence[float]) -> np.ndarray:
     if fill == "background":
         return np.where(gone, 0, label)
-    own = label == class_index
+    own = (label == class_index) | (label < 0)
     if own.all():
         raise ValueError(f"expected another class to fill with, but class {class_index} fills the image")
     nearest = ndimage.distance_transform_edt(own, sampling=spacing, return_distances=False, return_indices=True)
@@ -384,8 +386,10 @@ def _classes(label: Tensor) -> np.ndarray:
     if plain.ndim not in (4, 5) or plain.shape[1] != 1 or plain.numel() == 0:
         raise ValueError(f"expected a label (B, 1, H, W) or (B, 1, H, W, D), got shape {tuple(plain.shape)}")
     whole = plain.long()
-    if not torch.equal(whole.to(plain), plain) or whole.min() < 0:
-        raise ValueError("expected whole classes from 0 in the label, got others: resample labels by nearest neighbour")
+    if not torch.equal(whole.to(plain), plain) or whole.min() < -1:
+        raise ValueError(
+            "expected whole classes from 0, or -1, in the label, got others: resample labels by nearest neighbour"
+        )
     return whole[:, 0].numpy()
 
 

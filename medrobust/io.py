@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,11 @@ def stem(path: str) -> str:
 
 
 def unused(name: str, used: set[str]) -> str:
-    """``name``, numbered if it is among ``used``; it joins them."""
+    """``name``, numbered if it is among ``used``; it joins them. Separators of folders become underscores.
+
+    So a file that is called after it stays in its folder.
+    """
+    name = re.sub(r"[/\\\0]", "_", name)
     count, candidate = 1, name
     while candidate in used:
         count += 1

@@ -102,8 +102,8 @@ def parse_attacks(words: Sequence[str]) -> tuple[dict[str, Attack], dict[str, st
         if wish:
             name, parsed = parse_attack(rest)
             name = name if ":" in rest else f"{name} {wish.replace(':', ' ').replace(',', ' ')}"
-            if not any(word.startswith("objective=") for word in rest.split()):
-                # Soft Dice hardly slopes where a structure shall be absent.
+            if parsed.objective is None and isinstance(parsed.setting("objective"), objectives.SoftDice):
+                # Soft Dice hardly slopes where a structure shall be absent; what an attack is named after stays.
                 parsed = dataclasses.replace(parsed, objective=objectives.CrossEntropy())
             found = {name: dataclasses.replace(parsed, targeted=True)}
             wishes[name] = wish

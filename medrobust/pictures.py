@@ -29,9 +29,9 @@ def panel(
     """One case before and after the attack, as a PNG.
 
     All arrays or tensors are ``(1, H, W)`` or ``(1, H, W, D)``: images in [0, 1], the others class indices named by
-    ``class_names`` with the background first. Colour images ``(3, H, W)`` are shown as such, their difference is the
-    mean over the channels; of other channels the first one is shown. ``spacing`` in mm gives the slice its true
-    proportions and scale bar.
+    ``class_names`` with the background first; what the reference labels -1 is shown as background. Colour images
+    ``(3, H, W)`` are shown as such, their difference is the mean over the channels; of other channels the first one is
+    shown. ``spacing`` in mm gives the slice its true proportions and scale bar.
     Of a volume, the axial slice (last axis) where most voxels changed their predicted class is shown.
 
     Above: clean image, adversarial image, and their difference magnified to full colour, the factor written. Below:
@@ -100,9 +100,9 @@ def _draw(
     colours = ListedColormap([COLOURS[(k - 1) % len(COLOURS)] for k in range(1, max(len(class_names), 2))])
     for place, base, classes in zip(axes[1], (pictures[0], *pictures), (label, pred, pred_adv), strict=True):
         place.imshow(base, **grey)
-        masked = np.ma.masked_equal(classes, 0)
+        masked = np.ma.masked_less_equal(classes, 0)
         place.imshow(masked, cmap=colours, vmin=0.5, vmax=max(len(class_names), 2) - 0.5, alpha=0.6, **view)
-        _outline(place, label)
+        _outline(place, np.maximum(label, 0))
 
     _scale_bar(axes[0, 0], image.shape, pixel)
     if radiological:

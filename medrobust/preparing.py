@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from medrobust.bundle import Bundle, read_list
+from medrobust.data.images import as_stored
 from medrobust.evaluation import (
     PROMPTS,
     TILES,
@@ -21,6 +24,7 @@ from medrobust.evaluation import (
 )
 from medrobust.parsing import parse_attacks, parse_goal, parse_minimum, parse_overrides, parse_region, sweep
 from medrobust.run import Run, saved_conditions
+from medrobust.run_tables import fingerprint
 
 
 def prepare(
@@ -73,6 +77,13 @@ def prepare(
     overrides = parse_overrides(override)
     if named and saved is not None:
         raise ValueError("expected either --attack or --saved, got both")
+    if saved is not None and (searches or forms):
+        raise ValueError(
+            "expected --saved without --minimum-eps and --stored, which need attacks of this run, got both: "
+            "do them in a run of their own"
+        )
+    for form in forms:
+        as_stored(torch.zeros(1, 1, 1), form)  # says what is wrong with it
     if label is not None and image is None:
         raise ValueError("expected --image with --label, got --label alone")
     if region and (TILES in protocols or searches or saved):
@@ -134,6 +145,7 @@ def prepare(
             "overlays": [path.name for path in overlay or []],
             "overrides": overrides,
             "purpose": purpose,
+            **({"saved volumes": fingerprint(saved)} if saved else {}),
         },
     )
     return run, cases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,14 +60,16 @@ def attack_all_prompts(
         region: as for any attack.
 
     Raises:
-        ValueError: the objective cannot take a channel a prompt.
+        ValueError: the objective, or what progress or the best image is judged by, cannot take a channel a prompt.
     """
-    objective = attack.setting("objective")
+    read: dict[str, Any] = {"objective": attack.setting("objective")}
+    # What is left at None follows the objective.
+    read |= {name: found for name in ("criterion", "track") if (found := getattr(attack, name, None)) is not None}
     try:
-        together = replace(attack, objective=replace(objective, head="sigmoid"))
+        together = replace(attack, **{name: replace(found, head="sigmoid") for name, found in read.items()})
     except TypeError as error:
         raise ValueError(
-            f"expected an objective with a head to attack all prompts, got {objective!r}: choose SoftDice, say"
+            f"expected an objective with a head to attack all prompts, got {read}: choose SoftDice, say"
         ) from error
     wanted = label.expand(-1, len(models), *label.shape[2:])
     return together(AllPrompts(models), image, wanted, region=region, generator=generator)

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from monai.data import MetaTensor
 from nibabel.affines import voxel_sizes
 from torch import Tensor
 
+from medrobust import ensembles
 from medrobust.atomic import replacing, write_text
 from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result, is_broken, slug
 from medrobust.hashing import sha256_of_file
@@ -37,6 +39,7 @@ from medrobust.run_tables import (
     Prompt,
     Saved,
     manifest,
+    read_failures,
     read_prompts,
     volume_name,
     write_failures,
@@ -90,7 +93,8 @@ class Run:
     ) -> None:
         """Evaluate every case; a case that fails is noted with its reason and costs nothing but itself.
 
-        Conditions whose records are already in the folder are skipped: a run continues where it stopped.
+        Conditions whose records are already in the folder are skipped: a run continues where it stopped. What failed
+        earlier stays in ``failures.csv`` until its case is done.
 
         Args:
             cases: paths of each.
@@ -101,23 +105,37 @@ class Run:
         """
         names = case_names(cases) if names is None else names
         self.check_settings(dict(zip(names, cases, strict=True)))
-        done = self.done()
+        done, failed = self.done(), read_failures(self.folder)
         for name, paths in zip(names, cases, strict=True):
+            failed.pop(name, None)
             missing = self.missing(name, done)
             if not missing:
                 progress(name, "already there")
+                write_failures(self.folder, failed)
                 continue
             wanted = missing if missing[0] is CLEAN_CONDITION else [CLEAN_CONDITION, *missing]
             try:
                 self._case(name, paths, wanted, done, progress)
             except Exception as error:  # whatever a file or a network does, the other cases go on
-                self.failures[name] = reason(error, [str(paths[key]) for key in FILES if key in paths])
-                progress(name, f"failed: {self.failures[name]}")
-            write_failures(self.folder, self.failures)
+                failed[name] = self.failures[name] = reason(error, [str(paths[key]) for key in FILES if key in paths])
+                progress(name, f"failed: {failed[name]}")
+            write_failures(self.folder, failed)
 
     def missing(self, name: str, done: set[tuple[str, str, str]]) -> list[Condition]:
         """The conditions without records of a case, where ``done`` is :meth:`done`."""
-        return [condition for condition in self.conditions if self._key(name, condition) not in done]
+        return [one for one in self.conditions if self._key(name, one) not in done and self._can_be_had(name, one)]
+
+    def _can_be_had(self, name: str, condition: Condition) -> bool:
+        """Whether a saved volume is there, where one is needed: of a case that one member of an ensemble broke there
+        is none of the others. A case of which nothing was saved is let through, to be noted as a failure.
+        """
+        needed = self.saved and condition.attack is not None and not (condition.prompt or condition.goal)
+        return not needed or self._key(name, condition) in self._saved or all(case != name for case, *_ in self._saved)
+
+    @cached_property
+    def _saved(self) -> set[tuple[str, str, str]]:
+        """Case, condition and protocol of the saved volumes."""
+        return {(row.case, row.condition, row.protocol) for row in manifest(self.saved)} if self.saved else set()
 
     def check_settings(self, cases: Mapping[str, Mapping[str, Any]]) -> None:
         """Write ``run.json``, or see that this run continues the one that is there.
@@ -198,14 +216,16 @@ class Run:
 
         if "prompts" not in paths:
             return Inputs(own=of(data))
-        from medrobust.data.pairs import under_prompt
+        from medrobust.data.pairs import token_settings, under_prompt
         from medrobust.data.prompts import Ensemble, Fixed
 
-        case = {**data, "case": paths["case"], "prompts": paths["prompts"]}
+        case, tokens = {**data, "case": paths["case"], "prompts": paths["prompts"]}, token_settings(self.preprocessing)
         return Inputs(
             own=of(data),
-            under=lambda key: of(under_prompt(case, Fixed(key).choose(case)[0])),
-            each=lambda: [of(under_prompt(case, prompt)) for prompt in Ensemble(keys=self.ensemble).choose(case)],
+            under=lambda key: of(under_prompt(case, Fixed(key).choose(case)[0], tokens)),
+            each=lambda: [
+                of(under_prompt(case, prompt, tokens)) for prompt in Ensemble(keys=self.ensemble).choose(case)
+            ],
         )
 
     def _note_prompt(self, name: str, data: Mapping[str, Any]) -> None:
@@ -320,9 +340,20 @@ def saved_conditions(folder: Path, class_names: Sequence[str]) -> list[Condition
         attack = Recorded(text=f"saved {row.attack}")
         wish = goal.describe(class_names) if goal else ""
         found[row.condition, row.protocol] = Condition(
-            name=row.condition, protocol=row.protocol, attack=attack, goal=goal, wish=wish, asked=row.goal
+            name=row.condition,
+            protocol=row.protocol,
+            attack=attack,
+            goal=goal,
+            wish=wish,
+            asked=row.goal,
+            ensemble=_ensemble(row),
         )
     return [CLEAN_CONDITION, *found.values()]
+
+
+def _ensemble(row: Saved) -> str:
+    """What the saved members of one ensemble share; empty for what is in none, such as a member made on a surrogate."""
+    return " ".join(ensembles.ensemble_of(row.condition, row.attack, row.protocol) or ())
 
 
 def reason(error: BaseException, paths: Iterable[str] = ()) -> str:

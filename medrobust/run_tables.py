@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -69,6 +70,15 @@ def manifest(folder: Path) -> list[Saved]:
     if tuple(header) != Saved._fields or any(len(row) != len(header) for row in rows):
         raise ValueError(f"expected the columns {', '.join(Saved._fields)} in {table}, got {', '.join(header)}")
     return [Saved(*row) for row in rows]
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells the volumes of one run's folder from those of another: a hash of the manifest, in whatever order.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`manifest`.
+    """
+    return hashlib.sha256(_csv(sorted(manifest(folder))).encode()).hexdigest()[:12]
 
 
 def write_manifest(folder: Path, rows: Iterable[Saved]) -> None:

@@ -370,10 +370,7 @@ def restarts(case: Case) -> Finding:
 def noise(case: Case) -> Finding:
     """Does noise of the same budget harm less? Value: Dice that the attack takes away beyond it."""
     dice = case.dice(case.image_adv)
-    # Noise is drawn everywhere; what falls outside the region is dropped, and with it a share of the L2 norm.
-    share = case.inside.float().mean().item() if case.attack.norm == "l2" else 1.0
-    eps = scaled(case.attack.eps, share**-0.5)
-    noisy = case.dice(case.by(RandomNoise(eps=eps, norm=case.attack.norm)))
+    noisy = case.dice(case.by(RandomNoise(eps=case.attack.eps, norm=case.attack.norm)))
     beyond = torch.where(dice <= ZERO_DICE, math.inf, noisy - dice)
     value = (noisy - dice).min().item()
     text = f"Dice {noisy.mean():.3f} under noise, {dice.mean():.3f} under the attack"

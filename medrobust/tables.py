@@ -11,11 +11,13 @@ import numpy as np
 
 from medrobust import breaking, goal_tables, transfer
 from medrobust.budgets import budget
+from medrobust.contest import Rival, structures, verdict, worst_of_all
 from medrobust.decline import Point, decline
-from medrobust.ensembles import COUNTS, Ensemble, ensembles
+from medrobust.ensembles import COUNTS, Ensemble, Key, ensemble_of, ensembles, filled
+from medrobust.labels import told_apart
 from medrobust.pooled import Bounded
 from medrobust.records import CLEAN, Record, csv_text
-from medrobust.statistics import Interval, is_foreground, mean_interval, paired_drop, per_case, worst_case
+from medrobust.statistics import Interval, is_foreground, mean_interval, paired_drop, per_case
 
 HEADS = {
     "dice": "Dice",
@@ -72,9 +74,13 @@ class _Group:
         """What two lines must share to be compared: the attacks to the last setting, and the cases."""
         return self.condition, self.protocol, tuple(self.attacks), tuple(sorted({row.case for row in self.rows}))
 
+    @property
+    def ensemble(self) -> Key | None:
+        return ensemble_of(self.condition, self.rows[0].attack, self.protocol)
+
     def pairs(self, *status: str) -> int:
         """How many structures, case by case, have this status."""
-        return len({(r.case, r.class_name) for r in self.of("dice") if is_foreground(r) and r.status in status})
+        return structures(self.of("dice"), *status)
 
 
 def contents(
@@ -83,10 +89,7 @@ def contents(
     """All that the templates show, as text. Raises ValueError for no records."""
     if not records:
         raise ValueError("expected at least one record, got none; evaluate a case first")
-    models = [
-        _model(name, [record for record in records if record.model == name], controls)
-        for name in _unique(record.model for record in records)
-    ]
+    models = [_model(own[0].model, own, controls) for own in _of_models(records)]
     return {
         "title": title,
         "models": models,
@@ -117,13 +120,15 @@ def _comparison(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _model(name: str, records: list[Record], controls: Collection[str] | None) -> dict[str, Any]:
     groups = _groups([record for record in records if record.metric not in breaking.METRICS], controls)
+    without_holes = _attacked(_groups(filled(records), controls))
     clean = next((group for group in groups if group.condition == CLEAN), None)
     baseline = clean.values("dice") if clean else {}
-    attacked = [group for group in groups if not (group.condition == CLEAN or group.control or group.targeted)]
+    attacked = _attacked(groups)
     lines = [_line(group, baseline) for group in groups]
     teams = ensembles(records)
     lines += [_team(team, baseline) for team in teams]
-    if len(attacked) > 1 and (worst := _worst(attacked, baseline)):
+    rivals = _rivals(attacked, teams)
+    if len(attacked) > 1 and (worst := _worst(rivals, baseline)):
         lines.append(worst)
     labels = _labels(groups)
     classes = _unique(row.class_name for row in records if row.metric == "dice" and is_foreground(row))
@@ -134,7 +139,7 @@ def _model(name: str, records: list[Record], controls: Collection[str] | None) -
     ]
     return {
         "name": name,
-        "verdict": _verdict(clean, attacked),
+        "verdict": verdict(baseline, rivals),
         "lines": lines,
         "columns": [metric for metric in HEADLINE if any(row.metric == metric for row in records)],
         "labels": labels,
@@ -143,7 +148,7 @@ def _model(name: str, records: list[Record], controls: Collection[str] | None) -
             label: {organ: value for organ in classes if (value := _organ(group, organ)) is not None}
             for label, group in zip(labels, groups, strict=True)
         },
-        "protocols": _protocols(attacked),
+        "protocols": _protocols(without_holes),
         "decline": _decline(
             [r for r in records if not (goal_tables.is_targeted(r.attack) or transfer.is_made_elsewhere(r.attack))]
         ),
@@ -174,22 +179,21 @@ def _groups(records: list[Record], controls: Collection[str] | None) -> list[_Gr
     return sorted(found, key=lambda group: group.condition != CLEAN)
 
 
+def _attacked(groups: Iterable[_Group]) -> list[_Group]:
+    return [group for group in groups if not (group.condition == CLEAN or group.control or group.targeted)]
+
+
 def _is_control(attack: str) -> bool:
     return bool(re.match(r"(saved )?(\w*Noise|Prompt)\(", attack) or re.search(r"\bsteps=0\b", attack))
 
 
 def _labels(groups: Sequence[_Group]) -> list[str]:
     """Short names for columns, unique: protocol and budget appear where they tell two of one name apart."""
-    labels = [group.condition for group in groups]
-    for details in (
+    return told_apart(
+        [group.condition for group in groups],
         [group.protocol for group in groups],
         [group.budget for group in groups],
-        [str(number) for number, _ in enumerate(groups, 1)],
-    ):
-        named = list(zip(labels, details, strict=True))
-        apart = {label: len({detail for other, detail in named if other == label}) > 1 for label in labels}
-        labels = [f"{label}, {detail}" if apart[label] and detail else label for label, detail in named]
-    return labels
+    )
 
 
 def _line(group: _Group, baseline: Mapping[str, float]) -> dict[str, Any]:
@@ -216,14 +220,29 @@ def _line(group: _Group, baseline: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _worst(attacked: Sequence[_Group], baseline: Mapping[str, float]) -> dict[str, Any] | None:
+def _rivals(attacked: Sequence[_Group], teams: Sequence[Ensemble]) -> list[Rival]:
+    """Every attack, and for the members of an ensemble the ensemble."""
+    found: dict[Key | int, Rival] = {}
+    by_key = {team.key: team for team in teams}
+    for number, group in enumerate(attacked):
+        team = by_key.get(group.ensemble) if group.ensemble else None
+        found[team.key if team else number] = Rival(
+            key=_team_key(team) if team else group.key,
+            name=_team_name(team) if team else ", ".join(filter(None, (group.condition, group.protocol, group.budget))),
+            dice=team.dice if team else group.values("dice"),
+            hd95=team.hd95 if team else group.values("hd95"),
+            rows=team.rows if team else group.of("dice"),
+        )
+    return list(found.values())
+
+
+def _worst(rivals: Sequence[Rival], baseline: Mapping[str, float]) -> dict[str, Any] | None:
     """The line of an attacker who picks the best attack for every case, each metric by itself."""
-    dice = worst_case([group.values("dice") for group in attacked])
+    dice, hd95 = worst_of_all(rivals)
     if not dice:
         return None
-    hd95 = worst_case([group.values("hd95") for group in attacked], higher_is_better=False)
     return {
-        "key": ("worst", *sorted(group.key for group in attacked)),
+        "key": ("worst", *sorted((rival.key for rival in rivals), key=str)),
         "condition": "worst of all, case by case",
         "protocol": "",
         "budget": "",
@@ -240,8 +259,8 @@ def _worst(attacked: Sequence[_Group], baseline: Mapping[str, float]) -> dict[st
 def _team(team: Ensemble, baseline: Mapping[str, float]) -> dict[str, Any]:
     """The line of an ensemble: its worst member case by case, the clean image among them."""
     return {
-        "key": ("ensemble", team.name, team.members, tuple(sorted(team.dice))),
-        "condition": f"{team.name}: worst of {len(team.members) - 1}, case by case",
+        "key": _team_key(team),
+        "condition": _team_name(team),
         "protocol": "",
         "budget": "",
         "control": False,
@@ -252,6 +271,14 @@ def _team(team: Ensemble, baseline: Mapping[str, float]) -> dict[str, Any]:
         "hd95": _number(team.hd95, ".1f"),
         **dict.fromkeys(("missed", "ssim", "psnr", "linf", "flip_rate"), "–"),
     }
+
+
+def _team_key(team: Ensemble) -> tuple[Any, ...]:
+    return "ensemble", team.name, team.members, team.attacks, tuple(sorted(team.dice))
+
+
+def _team_name(team: Ensemble) -> str:
+    return f"{team.name}: worst of {len(team.members) - 1}, case by case"
 
 
 def _details(team: Ensemble) -> dict[str, str]:
@@ -265,22 +292,6 @@ def _details(team: Ensemble) -> dict[str, str]:
         "by": ", ".join(f"{member} {count}" for member, count in team.by.items() if count),
         "dice": bounded(team.pooled_dice),
         "miou": bounded(team.miou),
-    }
-
-
-def _verdict(clean: _Group | None, attacked: Sequence[_Group]) -> dict[str, str] | None:
-    """What the reader should take away if he reads nothing else."""
-    scored = [(np.mean(list(values.values())), group) for group in attacked if (values := group.values("dice"))]
-    if clean is None or not clean.values("dice") or not scored:
-        return None
-    lowest, group = min(scored, key=lambda pair: pair[0])
-    return {
-        "clean": f"{np.mean(list(clean.values('dice').values())):.3f}",
-        "worst": f"{lowest:.3f}",
-        "by": ", ".join(filter(None, (group.condition, group.protocol, group.budget))),
-        "missed": str(group.pairs("missed")),
-        "present": str(group.pairs("ok", "missed")),
-        "cases": str(len(clean.values("dice"))),
     }
 
 
@@ -316,7 +327,8 @@ def _protocols(attacked: Sequence[_Group]) -> list[dict[str, Any]]:
             if (tiles.condition, tiles.budget) != (whole.condition, whole.budget):
                 continue
             a, b = tiles.values("dice"), whole.values("dice")
-            if any(case in b for case in a):
+            a, b = {case: a[case] for case in a if case in b}, {case: b[case] for case in a if case in b}
+            if a:
                 row = {"condition": tiles.condition, "budget": tiles.budget, "tiles": _interval(a)}
                 lines.append({**row, "whole": _interval(b), "gap": _drop(a, b)})
     return lines
@@ -375,11 +387,21 @@ def _notes(records: list[Record]) -> list[str]:
             f"{BOOTSTRAP_SEED}); the drop is paired case by case."
             + (f" With {cases} cases they are rough, and tend to be too narrow." if cases < 10 else "")
         )
+    if any(len(filled(own)) > len(own) for own in _of_models(records)):
+        notes.append(
+            "A case that one member of an ensemble broke (Dice 0) is not given to the others: their lines are means "
+            "over what was left, and the ensemble as a whole is compared with other attacks."
+        )
     notes.append(
         "An attack that fails shows that this attack fails, not that the model is safe. This is research evidence, "
         "not a clearance for clinical use."
     )
     return notes
+
+
+def _of_models(records: Sequence[Record]) -> list[list[Record]]:
+    names = _unique(record.model for record in records)
+    return [[record for record in records if record.model == name] for name in names]
 
 
 def _interval(values: Mapping[str, float]) -> dict[str, str] | None:

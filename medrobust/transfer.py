@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from medrobust.ensembles import filled
 from medrobust.records import CLEAN, Record
 from medrobust.statistics import per_case
 
@@ -23,12 +23,12 @@ def is_made_elsewhere(attack: str) -> bool:
 def matrices(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One matrix of mean Dice for each attack that was made on other networks too; all models of the records.
 
-    The column of the target itself is the white-box attack: an entry below it says that this attack was too weak.
+    The column of the target itself is the white-box attack: an entry below it says that this attack was too weak. All
+    numbers of a line are means over the same cases, those that have every one of them. A case that the attack on the
+    target skipped, since another member of its ensemble had broken it, counts as broken.
     """
     dice: dict[str, dict[tuple[str, str], list[Record]]] = {}
-    for record in records:
-        if record.metric != "dice" or record.protocol == "tiles":
-            continue
+    for record in _whole(records):
         made = _MADE.search(record.attack)
         on = made[1] if made else ITSELF
         name = record.condition.removesuffix(f" from {on}") if made else record.condition
@@ -42,15 +42,15 @@ def matrices(records: Sequence[Record]) -> list[dict[str, Any]]:
         columns = [ITSELF, *(on for on in columns if on != ITSELF)]
         lines = []
         for model in dict.fromkeys(model for model, _ in cells):
-            values = [_mean(cells.get((model, on), [])) for on in columns]
-            best = values[0]
+            rows = [clean.get((model, ITSELF), []), *(cells.get((model, on), []) for on in columns)]
+            first, best, *others = _means([per_case(of_cell) for of_cell in rows])
             lines.append(
                 {
                     "model": model,
-                    "clean": _text(_mean(clean.get((model, ITSELF), []))),
+                    "clean": _text(first),
                     "cells": [
                         {"dice": _text(value), "worse": value is not None and best is not None and value < best - 1e-9}
-                        for value in values
+                        for value in (best, *others)
                     ],
                 }
             )
@@ -58,9 +58,21 @@ def matrices(records: Sequence[Record]) -> list[dict[str, Any]]:
     return found
 
 
-def _mean(rows: Sequence[Record]) -> float | None:
-    values = per_case(rows)
-    return float(np.mean(list(values.values()))) if values else None
+def _whole(records: Sequence[Record]) -> list[Record]:
+    """Dice of whole volumes, which is how attacks are made elsewhere, without the holes of ensembles."""
+    return [
+        record
+        for model in dict.fromkeys(record.model for record in records)
+        for record in filled(record for record in records if record.model == model)
+        if record.metric == "dice" and record.protocol in ("", "whole volume")
+    ]
+
+
+def _means(cells: Sequence[Mapping[str, float]]) -> list[float | None]:
+    """The mean of each cell over the cases that all of them have; ``None`` for cells without any."""
+    known = [cell.keys() for cell in cells if cell]
+    cases = [case for case in known[0] if all(case in other for other in known)] if known else []
+    return [math.fsum(cell[case] for case in cases) / len(cases) if cell and cases else None for cell in cells]
 
 
 def _text(value: float | None) -> str:

@@ -122,6 +122,14 @@ def test_under_no_grad_and_inference_mode(attack: Attack) -> None:
         assert torch.equal(attack(model, image.clone(), label.clone()), expected)
 
 
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd", "vafa"])
+def test_a_region_made_in_inference_mode(name: str) -> None:
+    attack, model, (image, label) = make(name), SmallNet().eval(), data()
+    expected = attack(model, image, label, region=REGIONS[0])
+    with torch.inference_mode():
+        assert torch.equal(attack(model, image.clone(), label.clone(), region=REGIONS[0].clone()), expected)
+
+
 def test_metadata_is_stripped(attack: Attack) -> None:
     model, (image, label) = SmallNet().eval(), data()
     image_adv = attack(model, MetaTensor(image), MetaTensor(label))
@@ -273,6 +281,16 @@ def test_radii_of_cases_in_an_l2_ball() -> None:
         make("pgd", eps=(0.1, 0.2), norm="l2")
     with pytest.raises(ValueError, match="expected eps for images"):
         make("pgd", eps=((0.1,), (0.2,), (0.3,)))(model, image, label)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bim", "pgd", "mifgsm", "apgd", "segpgd", "cospgd", "square", "universal"])
+def test_lists_of_configurations_are_tuples(name: str) -> None:
+    attack = make(name, eps=[[0.01], [0.02]])
+    assert attack == make(name, eps=((0.01,), (0.02,)))
+    assert "eps=((0.01,), (0.02,))" in repr(attack)
+    assert hash(attack) == hash(make(name, eps=((0.01,), (0.02,))))
+    if hasattr(attack, "step_size"):
+        assert replace(attack, step_size=[0.1, 0.2]).setting("step_size") == (0.1, 0.2)
 
 
 BAD_INPUT = [

@@ -169,6 +169,34 @@ def test_mce_dice_weighs_a_voxel_by_what_its_flip_costs() -> None:
         assert (weights[tuple(index)] / slope[tuple(index)]).item() * change == pytest.approx(lost, rel=1e-9)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_mce_dice_knows_what_the_first_false_voxel_costs(channels: int) -> None:
+    """Nothing is labelled or seen: a false voxel takes a whole class's Dice, shared among the voxels with a say."""
+    logits, label = torch.zeros(1, channels, 4, 5, dtype=torch.float64), torch.zeros(1, 1, 4, 5, dtype=torch.long)
+    logits[:, 0] = 2 if channels > 1 else -2
+    label[..., 0] = -1
+    torch.testing.assert_close(MCEDice()(logits, label), MaskedCE()(logits, label) / 16)
+
+
+def test_apgd_with_mce_dice_finds_false_positives_where_nothing_is() -> None:
+    from oracles import VoxelLinear
+
+    from medrobust.attacks import APGD
+
+    image, label = torch.full((1, 1, 6, 6), 0.45), torch.zeros(1, 1, 6, 6, dtype=torch.long)
+    attack = APGD(eps=0.1, steps=20, objective=MCEDice(), random_start=False)
+    assert HardDice()(VoxelLinear()(image), label) == 0
+    assert HardDice()(VoxelLinear()(attack(VoxelLinear(), image, label)), label) == 1
+
+
+def test_a_targeted_mce_dice_shares_a_class_among_the_voxels_that_shall_lose_it() -> None:
+    logits, label = torch.zeros(1, 3, 4, 5, dtype=torch.float64), torch.zeros(1, 1, 4, 5, dtype=torch.long)
+    logits[:, 0], logits[:, 2, 0] = 1, 4  # five voxels of class 2, to be erased
+    targeted = replace(MCEDice(), targeted=True)
+    masked = replace(MaskedCE(), targeted=True)
+    torch.testing.assert_close(targeted(logits, label), masked(logits, label) / 5)
+
+
 def test_hard_dice_is_the_dice_that_is_reported() -> None:
     from medrobust.metrics.dice import dice
 

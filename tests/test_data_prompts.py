@@ -85,6 +85,21 @@ def test_entries_become_cases_named_after_their_masks(tmp_path: Path) -> None:
     }
 
 
+def test_names_of_cases_lead_out_of_no_folder(tmp_path: Path) -> None:
+    """Files are called after cases, so a name is no path, wherever the mask lies."""
+    masks = tmp_path / "elsewhere" / "masks"
+    names = [
+        str(masks / "deep" / "a.png"),
+        str(tmp_path / "mine" / "b.png"),
+        "/data/c.png",
+        "../../d.png",
+        "masks/e.png",
+    ]
+    found = datalist(written(tmp_path, [row("a.png", name) for name in names]), images=tmp_path, masks=masks)
+    assert [one["case"] for one in found] == ["deep_a", "mine_b", "data_c", "d", "masks_e"]
+    assert [Path(one["label"]) for one in found] == [masks / name for name in names]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from medrobust.attacks import FGSM, PGD
@@ -11,6 +13,7 @@ from medrobust.decline import decline
 from medrobust.parsing import sweep
 from medrobust.records import Record
 from medrobust.report import html, markdown
+from medrobust.sea import members
 
 CLEAN = {"a": 0.9, "b": 0.8}
 PGD_DICE = {1: {"a": 0.7, "b": 0.6}, 2: {"a": 0.5, "b": 0.65}, 4: {"a": 0.1, "b": 0.2}}
@@ -37,7 +40,7 @@ def records() -> list[Record]:
 def test_a_curve_takes_each_case_at_its_worst_within_the_budget() -> None:
     pgd, noise = decline(records())
     assert (pgd.name, pgd.unit, pgd.control) == ("PGD, whole volume", "L∞, /255", False)
-    assert (noise.name, noise.control) == ("RandomNoise", True)
+    assert (noise.name, noise.control) == ("noise", True)
     assert [point.size for point in pgd.points] == pytest.approx([1, 2, 4])
     assert [point.dice for point in pgd.points] == pytest.approx([0.65, 0.575, 0.15])
     # At 2/255 case b keeps the better attack it had at 1/255.
@@ -64,7 +67,34 @@ def test_attacks_with_other_settings_are_other_curves() -> None:
     found = [row("a", "clean", 0.5)]
     for steps in (10, 20):
         found += [row("a", f"{steps} {e}", 0.4, attack=PGD(eps=e / 255, steps=steps)) for e in (1, 2, 4)]
-    assert len(decline(found)) == 2
+    assert [curve.name for curve in decline(found)] == ["10, whole volume", "20, whole volume"]
+    # Of one name in the records, such as two runs joined: the steps tell them apart.
+    named = [replace(r, condition=f"PGD {r.condition.split()[-1]}/255") for r in found]
+    named = [replace(r, condition="clean") if not r.attack else r for r in named]
+    assert [curve.name for curve in decline(named)] == ["PGD, whole volume, 10 steps", "PGD, whole volume, 20 steps"]
+
+
+def test_a_curve_is_called_after_its_conditions_without_the_size() -> None:
+    found = [row("a", "clean", 0.5)]
+    for size in (1, 2, 4):
+        found.append(row("a", f"PGD {size}/255 as jpeg75", 0.4, attack=f"{PGD(eps=size / 255)!r} stored as jpeg75"))
+        found.append(row("a", ("weak", "middle", "strong")[size // 2], 0.4, attack=FGSM(eps=size / 255)))
+    assert [curve.name for curve in decline(found)] == ["PGD as jpeg75, whole volume", "FGSM, whole volume"]
+
+
+def test_a_case_that_an_ensemble_broke_does_not_end_the_curves() -> None:
+    """At 4/255 the first member breaks case a, so the second is not given it; both curves go on, and end there at 0."""
+    found = [row(case, "clean", 0.9) for case in "ab"]
+    for size in (1, 2, 4):
+        for name, attack in members(eps=size / 255, budget="fast").items():
+            for case in "ab":
+                broken = (size, case) == (4, "a")
+                if not (broken and name != "SEA MCE-Dice"):
+                    found.append(row(case, f"{name} {size}/255", 0.0 if broken else 0.8 / size, attack=attack))
+    curves = decline(found)
+    assert [curve.name for curve in curves] == ["SEA MCE-Dice, whole volume", "SEA Dice, whole volume"]
+    for curve in curves:
+        assert [point.dice for point in curve.points] == pytest.approx([0.8, 0.4, 0.1])
 
 
 def test_the_report_has_the_curve_and_its_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from oracles import SmallNet, VoxelLinear, data
 
 from medrobust import sea
 from medrobust.attacks import APGD, PGD, SoftDice
-from medrobust.ensembles import ensembles
+from medrobust.ensembles import COUNTS, ensembles, filled
 from medrobust.evaluation import Condition, Evaluation, conditions
 from medrobust.parsing import parse_attack, parse_ensemble
 from medrobust.records import CLEAN, Record
 from medrobust.report import html, markdown
+from medrobust.tables import contents
 
 NAMES = ["background", "liver", "aorta"]
 
@@ -81,8 +83,6 @@ def run(eps: float, team: dict[str, Any], cases: int = 3) -> list[Record]:
 
 
 def team(eps: float, **settings: Any) -> dict[str, Any]:
-    from dataclasses import replace
-
     return {
         name: replace(attack, steps=6, **settings) for name, attack in sea.members(eps=eps, budget="standard").items()
     }
@@ -106,7 +106,7 @@ def test_the_worst_case_is_exact_and_never_better_than_clean() -> None:
         assert found.dice[case] == pytest.approx(min(means.values()))
         assert found.dice[case] <= means[CLEAN]
     assert sum(found.by.values()) == 3
-    assert found.name == "SEA, L∞ 12.8/255"
+    assert found.name == "SEA, L∞ 12.8/255, whole volume"
 
 
 def test_pooled_values_equal_brute_force() -> None:
@@ -132,6 +132,14 @@ def test_pooled_values_equal_brute_force() -> None:
     assert found.miou.lower_bound <= found.miou.value
 
 
+def test_members_whose_voxels_were_not_counted_have_no_pooled_value() -> None:
+    """Saved volumes that are evaluated again are not counted; clean images always are."""
+    records = [r for r in run(0.03, team(0.03), cases=2) if r.condition == CLEAN or r.metric not in COUNTS]
+    (found,) = ensembles(records)
+    assert len(found.dice) == 2
+    assert (found.pooled_dice, found.miou) == (None, None)
+
+
 def test_a_broken_case_is_not_attacked_again() -> None:
     """With a ball as large as the range every voxel of this model flips, so later members have no say in it."""
     image, label = data(classes=2)
@@ -147,7 +155,7 @@ def test_the_report_tells_the_ensemble() -> None:
     records = run(0.05, team(0.05))
     text = markdown(records)
     (found,) = ensembles(records)
-    assert "SEA, L∞ 12.8/255: worst of 3, case by case" in text
+    assert "| SEA, L∞ 12.8/255, whole volume: worst of 3, case by case |" in text
     assert f"{np.mean(list(found.dice.values())):.3f}" in text
     assert f"{found.miou.value:.4f} (at least {found.miou.lower_bound:.4f})" in text
     assert "worst member was" in html(records)
@@ -167,7 +175,7 @@ def test_different_budgets_are_different_ensembles() -> None:
     teams = {c.ensemble for c in conditions(members) if isinstance(c, Condition) and c.ensemble}
     assert len(teams) == 2
     found = ensembles(run(0.01, members, cases=1))
-    assert [e.name for e in found] == ["SEA, L∞ 2.55/255", "SEA, L∞ 5.1/255"]
+    assert [e.name for e in found] == ["SEA, L∞ 2.55/255, whole volume", "SEA, L∞ 5.1/255, whole volume"]
     assert found[0].pooled_dice is None
 
 
@@ -179,3 +187,113 @@ def test_a_run_resumes_member_by_member(tmp_path: Path) -> None:
     append(records[: len(records) // 2], path)
     append(records[len(records) // 2 :], path)
     assert repr(ensembles(read_csv(path))) == repr(ensembles(records))
+
+
+FIRST, SECOND = sea.members(eps=8 / 255, budget="fast").items()
+
+
+def told(condition: str, attack: object, dice: dict[str, float], **more: str) -> list[Record]:
+    """Dice of one structure in each case, and HD95 that grows as it falls."""
+    shared = {"condition": condition, "class_name": "liver", "attack": str(attack), "protocol": "whole volume"} | more
+    return [
+        Record(
+            case=case,
+            metric=metric,
+            value=value if metric == "dice" else 10 * (1 - value),
+            status="ok" if value else "missed",
+            **shared,
+        )
+        for metric in ("dice", "hd95")
+        for case, value in dice.items()
+    ]
+
+
+def skipped() -> list[Record]:
+    """The first member broke three of four cases, which the second then was not given."""
+    return [
+        *told(CLEAN, "", dict.fromkeys("abcd", 0.9), protocol=""),
+        *told(*FIRST, {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.6}),
+        *told(*SECOND, {"d": 0.5}),
+        *told("PGD", PGD(eps=8 / 255), {"a": 0.3, "b": 0.3, "c": 0.3, "d": 0.4}),
+    ]
+
+
+def test_a_skipped_case_has_what_broke_it() -> None:
+    whole = [r for r in filled(skipped()) if (r.condition, r.metric) == (SECOND[0], "dice")]
+    assert {r.case: r.value for r in whole} == {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.5}
+    assert {r.attack for r in whole} == {repr(SECOND[1])}
+    assert filled(filled(skipped())) == filled(skipped())
+    # Nobody broke case d, so whoever lacks it was not there: that is no hole to be filled.
+    lost = [r for r in skipped() if (r.case, r.condition) != ("d", SECOND[0])]
+    lost += told(*SECOND, {"e": 0.5})
+    assert [r.case for r in filled(lost) if (r.condition, r.metric) == (SECOND[0], "dice")] == ["e", "a", "b", "c"]
+
+
+def test_cases_that_were_broken_stay_in_the_worst_of_all_and_in_the_verdict() -> None:
+    (model,) = contents(skipped(), "", [], None)["models"]
+    line = model["lines"][-1]
+    # a, b, c: 0; d: min(0.6, 0.5, 0.4)
+    assert (line["condition"], line["dice"]["mean"], line["hd95"]) == ("worst of all, case by case", "0.100", "9.0")
+    assert line["cases"] == 4
+    # The second member's own mean, 0.5 over one case, is compared with nothing.
+    assert model["verdict"] == {
+        "clean": "0.900",
+        "worst": "0.125",
+        "by": "SEA, L∞ 8/255, whole volume: worst of 2, case by case",
+        "missed": "3",
+        "present": "4",
+        "cases": "4",
+    }
+    assert "is not given to the others" in markdown(skipped())
+    assert "is not given to the others" not in markdown([r for r in skipped() if r.condition in (CLEAN, "PGD")])
+
+
+def test_a_case_that_failed_in_one_attack_is_in_no_worst_case_and_no_verdict() -> None:
+    """PGD lacks case a, which nobody of the ensemble broke for it; SEA's second member lacks d, which nobody broke."""
+    records = [
+        *told(CLEAN, "", {"a": 0.9, "b": 0.7, "c": 0.9, "d": 0.9}, protocol=""),
+        *told(*FIRST, {"a": 0.0, "b": 0.4, "c": 0.4, "d": 0.1}),
+        *told(*SECOND, {"b": 0.3, "c": 0.3}),
+        *told("PGD", PGD(eps=8 / 255), {"b": 0.2, "c": 0.2, "d": 0.8}),
+    ]
+    (team,) = ensembles(records)
+    assert team.dice == {"a": 0.0, "b": 0.3, "c": 0.3}
+    (model,) = contents(records, "", [], None)["models"]
+    assert (model["lines"][-1]["dice"]["mean"], model["lines"][-1]["cases"]) == ("0.200", 2)
+    # Three cases of the ensemble are the most; PGD, 0.4 over others, is not compared with them.
+    assert [model["verdict"][key] for key in ("clean", "worst", "cases")] == ["0.833", "0.200", "3"]
+
+
+def test_transferred_stored_and_targeted_attacks_are_no_members() -> None:
+    records = skipped()
+    for more in (
+        " made on swin (SwinUNETR sha256:1)",
+        " stored as jpeg10",
+        " toward 'erase liver': Erase(class_index=1)",
+    ):
+        records += told(f"{FIRST[0]} more", repr(FIRST[1]) + more, dict.fromkeys("abcd", 0.01))
+    (team,) = ensembles(records)
+    assert team.members == (FIRST[0], SECOND[0], CLEAN)
+    assert team.by == {FIRST[0]: 3, SECOND[0]: 1, CLEAN: 0}
+
+
+def test_ensembles_of_two_protocols_are_told_apart_for_each_model() -> None:
+    values = {("m", "whole volume"): 0.1, ("m", "tiles"): 0.3, ("n", "whole volume"): 0.2, ("n", "tiles"): 0.4}
+    records = [r for name in "mn" for r in told(CLEAN, "", {"a": 0.9, "b": 0.9}, protocol="", model=name)]
+    for (name, protocol), value in values.items():
+        for member in (FIRST, SECOND):
+            records += told(*member, {"a": value, "b": value}, protocol=protocol, model=name)
+    found = {line["condition"]: line["cells"] for line in contents(records, "", [], None)["comparison"]}
+    for protocol in ("whole volume", "tiles"):
+        cells = found[f"SEA, L∞ 8/255, {protocol}: worst of 2, case by case"]
+        assert [cell["mean"] for cell in cells] == [f"{values[name, protocol]:.3f}" for name in "mn"]
+    # The members' steps are part of what is compared.
+    other = [replace(r, attack=r.attack.replace("steps=40", "steps=80")) if r.model == "n" else r for r in records]
+    assert [line["condition"] for line in contents(other, "", [], None)["comparison"]] == [CLEAN]
+
+
+def test_tiles_and_whole_volume_are_compared_on_the_same_cases() -> None:
+    records = [*skipped(), *told(*SECOND, {"a": 0.7, "b": 0.7, "c": 0.7, "d": 0.9}, protocol="tiles")]
+    (model,) = contents(records, "", [], None)["models"]
+    (line,) = model["protocols"]
+    assert [line[key]["mean"] for key in ("tiles", "whole", "gap")] == ["0.750", "0.125", "0.625"]

@@ -14,7 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medrobust.cli import app
-from medrobust.data.tokenizer import encode
+from medrobust.data.tokenizer import encode, tokenize
+from medrobust.preparing import prepare
 from medrobust.records import read_csv
 from medrobust.run_tables import read_prompts
 
@@ -135,8 +136,9 @@ def test_pictures_after_storing(bundle: Path, tmp_path: Path) -> None:
     assert "already there" in call(
         "evaluate", "-b", bundle, "-o", out, "-a", "fgsm eps=12.6/255", "--stored", "png,jpeg30"
     )
-    text = call("evaluate", "-b", bundle, "-o", tmp_path / "x", "-a", "fgsm", "--stored", "gif", code=1)
+    text = call("evaluate", "-b", bundle, "-o", tmp_path / "x", "-a", "fgsm", "--stored", "png,gif", code=2)
     assert "expected to store as png or jpeg1 to jpeg100, got 'gif'" in text.replace("\n", " ")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_run_keeps_its_prompts(bundle: Path, tmp_path: Path) -> None:
@@ -171,3 +173,29 @@ def test_a_universal_perturbation_of_the_bundle(bundle: Path, tmp_path: Path) ->
     assert torch.allclose(delta[:, 2:6, 3:7], torch.tensor(-16 / 255), atol=0.1 * 16 / 255)
     call("evaluate", "-b", bundle, "-o", tmp_path / "run", "-a", f"universal file={file} eps=16/255")
     assert dice(tmp_path / "run", "Universal") == [0, 0]
+
+
+def test_other_prompts_are_made_into_tokens_as_the_bundle_does(bundle: Path) -> None:
+    config = bundle / "configs" / "train.yaml"
+    config.write_text(
+        config.read_text().replace("policy: '@prompt'", "policy: '@prompt'\n      truncate: true\n      pad: 0")
+    )
+    run, cases = prepare(bundle=bundle, output=bundle / "run", prompts="name,long")
+    case = {**cases[0], "prompts": {"name": "liver", "long": " ".join(["liver"] * 100)}}
+    data = run.preprocessing(case)
+    inputs = run.inputs(data, case)
+    assert torch.equal(inputs.under("name")["input_ids"], inputs.own["input_ids"])
+    assert inputs.own["input_ids"][3:].eq(0).all()
+    each = [arguments["input_ids"] for arguments in inputs.each()]
+    assert torch.equal(each[0], inputs.own["input_ids"])
+    assert (
+        each[1].tolist()
+        == inputs.under("long")["input_ids"].tolist()
+        == tokenize("liver " * 100, truncate=True)[0][0].tolist()
+    )
+
+
+def test_an_image_alone_has_no_prompts(bundle: Path, tmp_path: Path) -> None:
+    image = bundle / "images" / "0.png"
+    text = call("evaluate", "-b", bundle, "-o", tmp_path / "run", "-a", "fgsm", "--image", image, code=1)
+    assert "case 0.png failed: expected a case with prompts, got an image alone" in text.replace("\n", " ")

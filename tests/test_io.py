@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from medrobust.atomic import replacing, write_text
-from medrobust.io import load_volume, save_volume, stem
+from medrobust.io import load_volume, save_volume, stem, unused
+from medrobust.run import case_names
 
 OBLIQUE = np.array([[0.0, -0.8, 0.1, 10], [0.9, 0.0, 0.2, -20], [0.1, 0.1, 3.0, 5], [0, 0, 0, 1]])
 
@@ -81,3 +82,12 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["case.nii.gz", "case.nii", "case"])
 def test_stem(name: str) -> None:
     assert stem(f"/somewhere/{name}") == "case"
+
+
+def test_a_file_called_after_a_case_stays_in_its_folder(tmp_path: Path) -> None:
+    names = case_names(
+        [{"case": "../../a", "image": "i"}, {"case": "/b\\c", "image": "i"}, {"case": "/b/c", "image": "i"}]
+    )
+    assert names == [".._.._a", "_b_c", "_b_c_2"]
+    assert all((tmp_path / f"{name}__image.nii.gz").resolve().parent == tmp_path.resolve() for name in names)
+    assert unused("a", {"a"}) == "a_2"

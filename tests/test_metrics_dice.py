@@ -36,3 +36,10 @@ def test_all_equal_monai() -> None:
     published = DiceMetric(include_background=True, reduction="none")(*maps)
     assert published.isnan().any()
     torch.testing.assert_close(dice_as_published(prediction, reference, 6), published.nanmean(1, keepdim=True))
+
+
+def test_a_reference_without_a_say_has_the_stated_value() -> None:
+    """The second case has no voxel that counts; the first is as ever."""
+    prediction = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1]]).view(2, 1, 2, 2)
+    reference = torch.tensor([[0, 0, 1, 1], [-1, -1, -1, -1]]).view(2, 1, 2, 2)
+    torch.testing.assert_close(dice_as_published(prediction, reference, 2), torch.tensor([[(2 / 3 + 0.8) / 2], [1.0]]))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles import SmallNet, VoxelLinear, data
 
-from medrobust.attacks import APGD, FGSM, PGD, GaussianNoise, HardDice
+from medrobust.attacks import APGD, FGSM, PGD, GaussianNoise, HardDice, Universal
 from medrobust.minimum_eps import MinimumEps
+from medrobust.universal import save
 
 
 def scene() -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,6 +29,16 @@ def test_finds_the_distance_to_the_threshold(attack: Any) -> None:
     found = MinimumEps(attack=attack, most=0.2, rounds=8)(VoxelLinear(), image, label)
     torch.testing.assert_close(found.eps, torch.tensor([0.03, 0.07]), rtol=0, atol=0.2 / 2**8 + 1e-3)
     assert (found.eps >= torch.tensor([0.03, 0.07])).all()
+    assert (found.score < 0.5).all()
+
+
+def test_scales_a_perturbation_that_was_saved(tmp_path: Path) -> None:
+    """One that darkens every voxel alike, made for 0.02: foreground flips where it reaches its distance."""
+    image, label = scene()
+    save(torch.full((1, 6, 6), -0.02), tmp_path / "u.pt", eps=0.02)
+    attack = Universal(file=str(tmp_path / "u.pt"))
+    found = MinimumEps(attack=attack, most=0.2, rounds=8)(VoxelLinear(), image, label)
+    torch.testing.assert_close(found.eps, torch.tensor([0.03, 0.07]), rtol=0, atol=0.2 / 2**8 + 1e-3)
     assert (found.score < 0.5).all()
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from medrobust.attacks import PGD, VAFA, CrossEntropy, DiceCE
-from medrobust.parsing import check_name, parse_attack, parse_value
+from medrobust.attacks import PGD, VAFA, CosPGDLoss, CrossEntropy, DiceCE, MCEDice, SegPGDLoss, SoftDice
+from medrobust.parsing import check_name, parse_attack, parse_attacks, parse_value
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,26 @@ def test_attacks(text: str, name: str, attack: object) -> None:
 def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_attack(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "objective"),
+    [
+        ("pgd", CrossEntropy()),  # soft Dice hardly slopes where a structure shall be absent
+        ("apgd steps=100", CrossEntropy()),
+        ("cospgd", CosPGDLoss()),  # without their losses they would be PGD
+        ("segpgd", SegPGDLoss()),
+        ("vafa reference=true", DiceCE()),
+        ("pgd objective=SoftDice", SoftDice()),
+        ("cospgd objective=MCEDice", MCEDice()),
+    ],
+)
+def test_a_goal_replaces_no_loss_but_the_default_soft_dice(text: str, objective: object) -> None:
+    named, wishes = parse_attacks([f"{text} goal=erase:liver"])
+    (attack,) = named.values()
+    assert attack.targeted
+    assert attack.setting("objective") == objective
+    assert list(wishes.values()) == ["erase:liver"]
 
 
 def test_names_far_from_everything_list_what_there_is() -> None:

@@ -91,6 +91,17 @@ def test_magnification_and_share_changed_are_written(monkeypatch: pytest.MonkeyP
     assert titles[5] == "prediction, adversarial: 5.0% changed"
 
 
+def test_what_the_reference_leaves_open_is_not_painted() -> None:
+    arrays = case((10, 10))
+    open_, liver = arrays[2].copy(), arrays[2].copy()
+    open_[0, 3:6, 3:6], liver[0, 3:6, 3:6] = -1, 1
+    background, ignored, painted = (
+        panel(*arrays[:2], label, *arrays[3:], class_names=NAMES) for label in (arrays[2], open_, liver)
+    )
+    assert ignored == background
+    assert painted != background
+
+
 def test_wide_voxels_make_a_wide_picture() -> None:
     def ratio(spacing: tuple[float, float]) -> float:
         height, width, _ = read(panel(*case((20, 20)), spacing=spacing, class_names=NAMES)).shape

@@ -12,10 +12,10 @@ from oracles import SmallNet, VoxelLinear, data
 from torch import Tensor, nn
 
 from medrobust import soundness
-from medrobust.attacks import APGD, PGD, VAFA, CrossEntropy
+from medrobust.attacks import APGD, PGD, VAFA, CrossEntropy, HardDice, RandomNoise
 from medrobust.attacks.base import Model
 from medrobust.inferers import bind
-from medrobust.soundness import MEANING, Case, Finding, checklist, warnings
+from medrobust.soundness import MEANING, Case, Finding, checklist, noise, warnings
 
 EPS = 8 / 255
 CONTRAST = 0.2
@@ -122,6 +122,18 @@ def test_a_region_is_silent_and_nothing_changes_outside(
     outside = ~region.expand_as(image)
     assert seen[1].detach()[~outside].max() > 0.01
     assert torch.equal(seen[1].detach()[outside], torch.zeros(int(outside.sum())))
+
+
+def test_noise_has_the_norm_of_the_attack_inside_the_region() -> None:
+    image, label = data(classes=2)
+    region = torch.zeros_like(label[:1], dtype=torch.bool)
+    region[..., :4, :] = True
+    attack = PGD(eps=3.0, norm="l2", steps=4)
+    noisy = RandomNoise(eps=3.0, norm="l2")(VoxelLinear(), image, label, region=region)
+    assert (noisy - image).flatten(1).norm(dim=1).tolist() == pytest.approx([3.0, 3.0], rel=1e-4)
+    case = Case(model=VoxelLinear(), image=image, label=label, attack=attack, region=region.expand_as(image))
+    dice = 1 - HardDice()(VoxelLinear()(noisy), label)
+    assert noise(case).value == pytest.approx((dice - case.dice(case.image_adv)).min().item(), abs=1e-6)
 
 
 def test_a_gradient_that_ends_at_the_region_is_missed_there_only(flat: tuple[Net, Tensor, Tensor]) -> None:

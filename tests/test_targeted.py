@@ -12,6 +12,8 @@ import small_bundle
 import torch
 from test_cli import call
 
+from medrobust.attacks import PGD
+from medrobust.evaluation import Condition
 from medrobust.goal_tables import goals_table, is_targeted
 from medrobust.goals import ChangeVolume, Erase, Inside, Invent, MoveBoundary, Swap
 from medrobust.parsing import parse_goal, split_goal
@@ -44,6 +46,17 @@ NAMES = ["background", "left kidney", "liver"]
 )
 def test_goals_as_typed(text: str, goal: object) -> None:
     assert parse_goal(text, NAMES) == goal
+
+
+@pytest.mark.parametrize("name", ["liver", "Baker's cyst", 'the "other" cyst', """Baker's "cyst\\"""])
+def test_goals_are_known_from_the_records_whatever_structures_are_called(name: str) -> None:
+    goal = Erase(class_index=1)
+    wish = goal.describe(["background", name])
+    text = Condition(name="PGD", attack=PGD(targeted=True), goal=goal, wish=wish).text
+    assert is_targeted(text)
+    assert not is_targeted(repr(PGD()))
+    asked = Record(case="a", condition="PGD", metric="goal", class_name=name, value=1.0, attack=text)
+    assert goals_table([asked])[0]["wish"] == wish
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,22 @@ def test_the_attack_adds_what_was_saved(tmp_path: Path) -> None:
     assert str(tmp_path) not in repr(attack)
 
 
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
+    file, image = tmp_path / "u.pt", torch.full((1, 1, 4, 4), 0.5)
+    for change in (0.1, -0.1, 0.05):
+        save(torch.full((1, 4, 4), change), file, eps=0.1)
+        attack = Universal(file=str(file), eps=0.1)
+        assert torch.allclose(attack(lambda x: x, image, torch.zeros(1, 1, 4, 4)), image + change, atol=1e-7)
+
+
+def test_each_case_and_channel_has_a_radius_of_its_own(tmp_path: Path) -> None:
+    save(torch.full((2, 4, 4), 0.1), tmp_path / "u.pt", eps=0.1)
+    rows = ((0.1, 0.05), (0.2, 0.0))
+    image = torch.full((2, 2, 4, 4), 0.5)
+    image_adv = Universal(file=str(tmp_path / "u.pt"), eps=rows)(lambda x: x, image, torch.zeros(2, 1, 4, 4))
+    assert torch.allclose((image_adv - image)[..., 0, 0], torch.tensor(rows), atol=1e-7)
+
+
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="got no such file"):
         Universal(file=str(tmp_path / "none.pt"))

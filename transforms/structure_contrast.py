@@ -19,8 +19,10 @@ class RandStructureContrastd(Randomizable, MapTransform):
     Args:
         keys: images to change.
         structures_key: label map on the same grid, integer ids of structures; it is left as it is.
-        enhancement: structure id -> (low, high) of a uniform offset, e.g. ``{52: (0, 200)}`` for the aorta.
-        jitter: half-width of a uniform offset for every other structure, id 0 (everything unlabelled) included.
+        enhancement: structure id -> (low, high) of the offset, e.g. ``{52: (0, 200)}`` for the aorta. Where in between
+            is the mean of two uniform draws, one that all of them share and one of its own: triangular, so values in
+            the middle are the likeliest (standard deviation (high - low) / sqrt(24)). ``jitter`` comes on top.
+        jitter: half-width of a uniform offset for every structure, id 0 (everything unlabelled) included.
         prob: chance that a case is changed at all.
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Randomizable, Transform
+from monai.transforms import Compose, Randomizable, Transform
 from torch import Tensor
 
 from medrobust.data import images, slices
@@ -79,6 +79,9 @@ class Prompted(Transform):
         policy: of ``medrobust.data.prompts``; a text is the key of :class:`Fixed`.
         truncate: cut prompts of more than 77 tokens instead of refusing them.
         pad: id after a prompt's end; CRIS was released with 0.
+
+    Raises at call:
+        ValueError: a case without prompts, or without the policy's.
     """
 
     def __init__(self, policy: Policy | str, *, truncate: bool = False, **tokens: Any) -> None:
@@ -86,6 +89,7 @@ class Prompted(Transform):
         self.tokens = {"truncate": truncate, **tokens}
 
     def __call__(self, data: Mapping[str, Any]) -> Data:
+        _check_prompts(data)
         return under_prompt(data, self.policy.choose(data)[0], self.tokens)
 
 
@@ -102,6 +106,7 @@ class RandPrompted(Randomizable, Transform):
         self.tokens = {"truncate": truncate, **tokens}
 
     def __call__(self, data: Mapping[str, Any]) -> Data:
+        _check_prompts(data)
         keys = [key for key in data["prompts"] if key != EMPTY] if self.keys is None else list(self.keys)
         key = keys[self.R.randint(len(keys))]
         chosen = Fixed(key, seed=int(self.R.randint(2**31 - 1))).choose(data)[0]
@@ -112,6 +117,21 @@ def under_prompt(data: Mapping[str, Any], prompt: Prompt, tokens: Mapping[str, A
     """The case with this prompt's text, key and tokens; ``tokens`` are settings of :func:`tokenize`."""
     input_ids, _ = tokenize(prompt.text, **(tokens or {}))
     return {**data, "prompt": prompt.text, "prompt_key": prompt.key, "input_ids": input_ids[0]}
+
+
+def token_settings(preprocessing: object) -> dict[str, Any]:
+    """How the last :class:`Prompted` of a composition makes tokens; empty where it has none."""
+    transforms = preprocessing.flatten().transforms if isinstance(preprocessing, Compose) else [preprocessing]
+    found = [transform.tokens for transform in transforms if isinstance(transform, Prompted)]
+    return dict(found[-1]) if found else {}
+
+
+def _check_prompts(data: Mapping[str, Any]) -> None:
+    if "prompts" not in data:
+        raise ValueError(
+            "expected a case with prompts, got an image alone: take the bundle's own cases, or list yours with their "
+            "prompts as docs/prompts.md says"
+        )
 
 
 def _picture(tensor: Tensor, path: Any) -> MetaTensor:

@@ -104,7 +104,8 @@ def datalist(
 ) -> list[dict[str, Any]]:
     """Cases ``{"image": path, "label": path, "prompts": {...}, "case": name}`` in the order of the listing.
 
-    A case is named after its mask, folders included, since several masks may share an image. That the files exist is
+    A case is named after its mask, folders below ``masks`` or the listing's included, since several masks may share an
+    image. That the files exist is
     left to :func:`check`.
 
     Args:
@@ -135,10 +136,20 @@ def datalist(
             "image": str(Path(images, row["img_name"])),
             "label": str(Path(masks, row["mask_name"])),
             "prompts": row["prompts"],
-            "case": unused("_".join(PurePosixPath(row["mask_name"]).with_suffix("").parts), used),
+            "case": unused(_name(row["mask_name"], (Path(masks).absolute(), listing.parent.absolute())), used),
         }
         for row in rows
     ]
+
+
+def _name(mask: str, folders: Iterable[Path]) -> str:
+    """A case's name, which names files: the mask's path, of an absolute one what is below the first folder it is in."""
+    path = PurePosixPath(mask)
+    for folder in folders:
+        if path.is_relative_to(folder.as_posix()):
+            path = path.relative_to(folder.as_posix())
+            break
+    return "_".join(part for part in path.with_suffix("").parts if part not in (path.anchor, ".."))
 
 
 class Problem(NamedTuple):

@@ -16,8 +16,11 @@ def dice_as_published(prediction: Tensor, reference: Tensor, num_classes: int) -
     """Mean Dice of a case over the classes its reference holds, **background included**.
 
     Class maps ``(B, 1, *S)`` -> ``(B, 1)`` in [0, 1]. A class absent from the reference is left out of the mean, so an
-    invented organ costs nothing; the easy background lifts every number. Use ``dice`` for your own conclusions.
+    invented organ costs nothing; the easy background lifts every number. Use ``dice`` for your own conclusions. Where
+    every voxel of the reference is labelled -1 the published mean is undefined; 1 stands in, as NaN is never returned.
     """
     value = dice(prediction, reference, num_classes)
     present = counts(prediction, reference, num_classes).reference > 0
-    return torch.where(present, value, 0.0).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+    number = present.sum(1, keepdim=True)
+    mean = torch.where(present, value, 0.0).sum(1, keepdim=True) / number.clamp(min=1)
+    return torch.where(number > 0, mean, 1.0)

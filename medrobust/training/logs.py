@@ -25,7 +25,7 @@ def losses(output: Any) -> dict[str, float]:
 
 
 class CSVLog:
-    """Write one row per epoch: mean of the loss and of every term, the learning rate it began with, metrics of the last
+    """Write one row per epoch: mean of the loss and of every term, learning rate of its last step, metrics of the last
     validation.
 
     The file is replaced as a whole, so it is never half written; a resumed training keeps the rows before it. Only
@@ -46,17 +46,21 @@ class CSVLog:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.clear)
+        engine.add_event_handler(Events.ITERATION_STARTED, self.remember)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
         if self.validator is not None:
             self.validator.add_event_handler(Events.COMPLETED, self.validated)
 
-    def clear(self, engine: Any) -> None:
+    def clear(self) -> None:
         """A new epoch."""
-        self._rate = engine.optimizer.param_groups[0]["lr"]
         self._sums.clear()
         self._count = 0
         self._validated = {}
+
+    def remember(self, engine: Any) -> None:
+        """The rate of this step: afterwards schedulers have set the next one's."""
+        self._rate = engine.optimizer.param_groups[0]["lr"]
 
     def add(self, engine: Engine) -> None:
         """One iteration's losses."""
