@@ -394,6 +394,19 @@ def test_another_network_is_one_override(
     assert flow.trainer.state.iteration == 1
 
 
+def test_the_last_epochs_of_the_shipped_weights_can_be_trained_again(
+    settings: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    name = "ct_organs_unetr"
+    overrides = short(name, settings, tmp_path) | {"pretrained": str(BUNDLES / name / "models" / "vaft.pt")}
+    overrides |= {"train_attack#steps": 1, "iterations_per_epoch": 1, "val_interval": 9}
+    flow = run(workflow(name, "train.yaml", "train_vaft.yaml", "train_vaft_finish.yaml", **overrides))
+    output = flow.trainer.state.output[0]
+    # The overlay's weight on attacked images, and the published one on the frequency term.
+    total = output["loss_clean"] + 4 * output["loss_adv"] + output["loss_fr"]
+    assert float(output["loss"]) == pytest.approx(float(total), rel=1e-5)
+
+
 def test_two_processes_train_a_bundle_together(settings: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """As the model zoo does it: torchrun, DistributedDataParallel, one checkpoint and one log."""
     name = "ct_organs_unetr"
