@@ -52,12 +52,12 @@ class Spy:
 class OneVoxel:
     """The intensity of one voxel of the first channel, brighter is worse; ``offset`` drowns it in single precision."""
 
-    at: tuple[int, ...]
+    voxel: tuple[int, ...]
     offset: float = 0.0
     head: str = "softmax"
 
     def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
-        return logits[(slice(None), 0, *self.at)] + self.offset
+        return logits[(slice(None), 0, *self.voxel)] + self.offset
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,7 @@ def datalist(
     """Cases ``{"image": path, "label": path, "prompts": {...}, "case": name}`` in the order of the listing.
 
     A case is named after its mask, folders below ``masks`` or the listing's included, since several masks may share an
-    image. That the files exist is
-    left to :func:`check`.
+    image. That the files exist is left to :func:`check`.
 
     Args:
         listing: JSON file.
