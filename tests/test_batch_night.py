@@ -307,6 +307,15 @@ def test_stopping_at_failures(bundle: Path, tree: Path, tmp_path: Path) -> None:
     assert len([one for one in status(tmp_path / "b").values() if one == "rejected"]) == 2
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """What Python does about SIGINT, also where the tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_says_so_and_goes_on(
     bundle: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
