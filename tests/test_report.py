@@ -275,6 +275,8 @@ def test_two_models_and_two_budgets_are_told_apart() -> None:
         (["FGSM(eps=0.01568627450980392, norm='linf')"], "L∞ 4/255"),
         (["GaussianNoise(targeted=False, std=0.03137254901960784)"], "std 8/255"),
         ([NOISE.format(2.0), NOISE.format(4.0)], "L2 2 to 4"),
+        (["PGD(eps=(0.01568627450980392, 0.03137254901960784), norm='linf', steps=3)"], "L∞ 4 to 8/255, 3 steps"),
+        (["PGD(eps=((0.5,), (1.0,)), norm='l2', step_size=((0.1,), (0.2,)), steps=3)"], "L2 0.5 to 1, 3 steps"),
         ([PGD, VAFA], "mixed, see provenance"),
         (["Mystery(strength=3)"], ""),
     ],
