@@ -135,23 +135,16 @@ class Attack(ABC):
             raise ValueError(f"expected finite objectives, got {value.tolist()}: does the model give NaN or infinity?")
         return -value if self.targeted else value
 
-    def gradient(
-        self, model: Model, image: Tensor, label: Tensor, objective: Objective | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def gradient(self, model: Model, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Score (B,) and its gradient with respect to the image only, (B, C, *S)."""
-        value, gradient, _ = self.ascent(model, image, label, objective)
+        value, gradient, _ = self.ascent(model, image, label, self.setting("objective"))
         return value, gradient
 
-    def ascent(
-        self, model: Model, image: Tensor, label: Tensor, objective: Objective | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score (B,), its gradient, and the logits it came from, so that other objectives cost no second forward.
-
-        ``objective`` replaces the attack's own, for attacks that change it from step to step.
-        """
+    def ascent(self, model: Model, image: Tensor, label: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        """An objective's value (B,), its gradient, and the logits, so that other objectives cost no second forward."""
         image = image.detach().requires_grad_()
         logits = model(image)
-        value = self.judge(objective or self.setting("objective"), logits, label)
+        value = self.judge(objective, logits, label)
         (gradient,) = torch.autograd.grad(value.sum(), image)
         return value.detach(), gradient, logits.detach()
 

@@ -27,6 +27,7 @@ COUNTS = ("tp", "size")
 _NO_MEMBER = re.compile(r" (made on|stored as|toward) ")
 
 Key = tuple[str, str, str]
+"""Preset, budget and protocol."""
 
 
 @dataclass(frozen=True, kw_only=True)

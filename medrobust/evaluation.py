@@ -18,6 +18,7 @@ from medrobust.attacks.random_noise import RandomNoise
 from medrobust.attacks.threat import Eps
 from medrobust.attacks.vafa import VAFA
 from medrobust.data.images import as_stored
+from medrobust.ensembles import Key, ensemble_of
 from medrobust.goals import Goal
 from medrobust.inferers import bind
 from medrobust.metrics import load, status
@@ -37,7 +38,6 @@ from medrobust.minimum_eps import MinimumEps
 from medrobust.prompting import Arguments, Inputs, attack_all_prompts
 from medrobust.records import CLEAN, Record, versions
 from medrobust.regions import Region
-from medrobust.sea import ensemble_of
 from medrobust.statistics import is_foreground
 from medrobust.targeted import impossible, success
 from medrobust.targeted import wanted as wanted_map
@@ -84,7 +84,7 @@ class Condition:
     match: tuple[str, str] | None = None
     prompt: str = ""
     stored: tuple[str, str] | None = None
-    ensemble: str = ""
+    ensemble: Key | None = None
     goal: Goal | None = None
     wish: str = ""
     asked: str = ""
@@ -154,9 +154,8 @@ def conditions(
             found.append(Condition(name=f"noise {_size(norm, eps)}", attack=noise, protocol=WHOLE))
         once = attack.blind or norm == "l2"
         for protocol in [WHOLE] if once else protocols:
-            team = ensemble_of(name, attack)
-            shared = team and f"{team} {protocol}"
-            found.append(Condition(name=name, attack=attack, protocol=protocol, ensemble=shared, **aim))
+            team = ensemble_of(name, repr(attack), protocol)
+            found.append(Condition(name=name, attack=attack, protocol=protocol, ensemble=team, **aim))
             found += [
                 Condition(name=f"{name} as {form}", attack=attack, protocol=protocol, stored=(name, form), **aim)
                 for form in stored
@@ -296,7 +295,7 @@ class Evaluation:
         saved: Callable[[Condition], tuple[Tensor, Recorded] | None] = lambda condition: None,
         norms: Mapping[tuple[str, str], float] | None = None,
         inputs: Inputs | None = None,
-        broken: Iterable[str] = (),
+        broken: Iterable[Key] = (),
     ) -> Iterator[Result]:
         """Evaluate one case under each condition in turn.
 

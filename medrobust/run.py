@@ -26,8 +26,8 @@ from monai.data import MetaTensor
 from nibabel.affines import voxel_sizes
 from torch import Tensor
 
-from medrobust import ensembles
 from medrobust.atomic import replacing, write_text
+from medrobust.ensembles import Key, ensemble_of
 from medrobust.evaluation import CLEAN_CONDITION, Condition, Evaluation, Recorded, Result, is_broken, slug
 from medrobust.hashing import sha256_of_file
 from medrobust.io import load_volume, save_volume, stem, unused
@@ -294,7 +294,7 @@ class Run:
             raise ValueError(f"expected {path.name} as its manifest describes it, got a file that was changed since")
         return volume, Recorded(text=f"saved {row.attack}", seed=int(row.seed))
 
-    def _broken(self, records: Sequence[Record]) -> set[str]:
+    def _broken(self, records: Sequence[Record]) -> set[Key]:
         """Ensembles that broke the case of these records in an earlier run."""
         return {
             condition.ensemble
@@ -346,14 +346,9 @@ def saved_conditions(folder: Path, class_names: Sequence[str]) -> list[Condition
             goal=goal,
             wish=wish,
             asked=row.goal,
-            ensemble=_ensemble(row),
+            ensemble=ensemble_of(row.condition, row.attack, row.protocol),
         )
     return [CLEAN_CONDITION, *found.values()]
-
-
-def _ensemble(row: Saved) -> str:
-    """What the saved members of one ensemble share; empty for what is in none, such as a member made on a surrogate."""
-    return " ".join(ensembles.ensemble_of(row.condition, row.attack, row.protocol) or ())
 
 
 def reason(error: BaseException, paths: Iterable[str] = ()) -> str:

@@ -42,7 +42,7 @@ from medrobust.attacks.voxel_losses import (
 )
 from medrobust.budgets import PRESETS
 
-__all__ = ["BUDGETS", "PRESETS", "ensemble_of", "gradient_seconds", "gradients", "members", "seconds"]
+__all__ = ["BUDGETS", "PRESETS", "gradient_seconds", "gradients", "members", "seconds"]
 
 BUDGETS: dict[str, tuple[int, int, bool]] = {"fast": (2, 40, False), "standard": (3, 100, True), "full": (5, 300, True)}
 """Members of ``sea``, their steps, and whether the radius shrinks in three stages.
@@ -109,12 +109,6 @@ def members(
         return {**named, "SEA-v1 spherical": spherical}
     found = {"MCE balanced": BalancedMaskedCE(head=head, weights=weights), **ce, **js}
     return {f"SEA-v2 {name}": replace(base, objective=loss) for name, loss in found.items()}
-
-
-def ensemble_of(name: str, attack: object) -> str:
-    """What the members of one ensemble and one eps share; empty for an attack that is in none."""
-    preset = name.partition(" ")[0]
-    return f"{preset} {getattr(attack, 'eps', '')}" if preset.lower() in PRESETS else ""
 
 
 def gradients(attacks: Sequence[Attack]) -> int:

@@ -125,7 +125,6 @@ class SaveClassMap(Transform):
         self.output_dir = Path(output_dir)
         self.key = key
         self._names: dict[str, str] = {}
-        self._written: set[str] = set()
 
     def __call__(self, data: Mapping[str, Any]) -> Data:
         classes = data[self.key].as_subclass(Tensor)
@@ -133,7 +132,7 @@ class SaveClassMap(Transform):
             raise ValueError(f"expected classes (1, H, W) from 0 to 255 in {self.key}, got {tuple(classes.shape)}")
         source = str(data["image"].meta["filename_or_obj"])
         if source not in self._names:
-            self._names[source] = unused(Path(source).stem, self._written)
+            self._names[source] = unused(Path(source).stem, set(self._names.values()))
         path = self.output_dir / f"{self._names[source]}.png"
         with replacing(path) as partial:
             Image.fromarray(classes[0].byte().cpu().numpy()).save(partial)
