@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medrobust.records import Record
-from medrobust.statistics import is_foreground, worst_case
+from medrobust.statistics import has_reference, is_foreground, is_missed, worst_case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +48,22 @@ def verdict(clean: Mapping[str, float], rivals: Sequence[Rival]) -> dict[str, st
     if not cases:
         return None
     worst = min(whole, key=lambda rival: _mean(rival.dice[case] for case in cases))
-    rows = [row for row in worst.rows if row.case in set(cases)]
+    missed, present = structures(row for row in worst.rows if row.case in set(cases))
     return {
         "clean": f"{_mean(clean[case] for case in cases):.3f}",
         "worst": f"{_mean(worst.dice[case] for case in cases):.3f}",
         "by": worst.name,
-        "missed": str(structures(rows, "missed")),
-        "present": str(structures(rows, "ok", "missed")),
+        "missed": str(missed),
+        "present": str(present),
         "cases": str(len(cases)),
     }
 
 
-def structures(dice: Iterable[Record], *status: str) -> int:
-    """How many structures, case by case, have this status."""
-    return len({(row.case, row.class_name) for row in dice if is_foreground(row) and row.status in status})
+def structures(dice: Iterable[Record]) -> tuple[int, int]:
+    """How many structures, case by case, are missed, with no voxel right, of how many that the reference holds."""
+    held = [row for row in dice if is_foreground(row) and has_reference(row)]
+    missed, present = ({(row.case, row.class_name) for row in rows} for rows in (filter(is_missed, held), held))
+    return len(missed), len(present)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -5,6 +5,9 @@ same eps and which run under the same protocol; what was made on another network
 something else. The clean image is a member, so no case is better under attack than without. A case that one member
 broke (Dice 0) is not attacked by the others: its worst Dice is known, but one of them could have had a larger HD95. A
 case that a member lacks for another reason is left out: what that member would have found is not known.
+
+Where the first members broke every case of a model, the others have no records of it. Then other models of the same
+report tell who they are, and where none does, the members that ran are an ensemble all the same, be it one alone.
 """
 
 from __future__ import annotations
@@ -25,9 +28,14 @@ COUNTS = ("tp", "size")
 """Metrics that only ensembles read: voxels of a class that are found, and of prediction and label together."""
 
 _NO_MEMBER = re.compile(r" (made on|stored as|toward) ")
+_LOSS = re.compile(r"\b(objective|track)=\w+\(([^()]|\([^()]*\))*\)")
+"""What tells the members of a preset apart."""
 
 Key = tuple[str, str, str]
 """Preset, budget and protocol."""
+
+Texts = dict[str, tuple[str, ...]]
+"""The attacks behind each member, by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +45,10 @@ class Ensemble:
     Attributes:
         key: of :func:`ensemble_of`, which all members share.
         name: preset, budget and protocol, as in ``"SEA, L∞ 8/255, whole volume"``.
-        members: names of the conditions, clean last.
+        members: names of the conditions, clean last; those that were left no case of this model are among them, as far
+            as other models tell.
         attacks: all that stands behind them, to the last setting.
+        broken: whether the members that ran broke every case, so that any others would have been left none.
         dice: each case's lowest mean Dice over the foreground classes.
         by: for how many cases each member was the worst.
         rows: Dice of each case under its worst member.
@@ -53,6 +63,7 @@ class Ensemble:
     name: str
     members: tuple[str, ...]
     attacks: tuple[str, ...]
+    broken: bool
     dice: dict[str, float]
     by: dict[str, int]
     rows: tuple[Record, ...]
@@ -71,13 +82,29 @@ def ensemble_of(condition: str, attack: str, protocol: str) -> Key | None:
 
 
 def ensembles(records: Iterable[Record]) -> list[Ensemble]:
-    """All ensembles of at least two members in the records of one model, in the order they appear."""
-    records = list(records)
-    clean = [record for record in records if record.condition == CLEAN]
-    whole = _of_members(filled(records))
-    return [
-        _ensemble(key, members, clean, whole[key]) for key, members in _of_members(records).items() if len(members) > 1
-    ]
+    """All ensembles in the records of one model, in the order they appear: see :func:`ensembles_of_models`."""
+    (found,) = ensembles_of_models([records])
+    return found
+
+
+def ensembles_of_models(models: Sequence[Iterable[Record]]) -> list[list[Ensemble]]:
+    """All ensembles of each model, in the order they appear; the same ensemble has the same members in each.
+
+    An ensemble has two members at least, or one that broke every case, unless that one ran alone on a model of which it
+    did not break every case: then it is a single attack. Where the members that ran broke every case, those that other
+    models have are members as well; they would have been left none. This needs the same attacks, to the last setting,
+    behind every member that models share, and where they share none, attacks that differ in nothing but their loss.
+    """
+    parts = [_parts(list(records)) for records in models]
+    found: list[list[Ensemble]] = []
+    for of_model in parts:
+        found.append([])
+        for key, part in of_model.items():
+            same = [other[key] for other in parts if key in other]
+            texts = part.texts | (_united([other.texts for other in same]) if part.broken else {})
+            if len(texts) > 1 or (part.broken and all(other.broken or len(other.texts) > 1 for other in same)):
+                found[-1].append(_ensemble(key, part, texts))
+    return found
 
 
 def filled(records: Iterable[Record]) -> list[Record]:
@@ -109,6 +136,59 @@ def filled(records: Iterable[Record]) -> list[Record]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What the records of one model hold of one ensemble.
+
+    Attributes:
+        rows: of each member, by its name.
+        clean: of the clean images.
+        texts: the attacks behind each member.
+        cases: that all these members were shown, or were spared since another had broken them.
+        broken: whether one of them broke each of these cases.
+    """
+
+    rows: dict[str, list[Record]]
+    clean: list[Record]
+    texts: Texts
+    cases: set[str]
+    broken: bool
+
+
+def _parts(records: list[Record]) -> dict[Key, _Part]:
+    clean = [record for record in records if record.condition == CLEAN]
+    whole = _of_members(filled(records))
+    found = {}
+    for key, members in _of_members(records).items():
+        cases = set.intersection(*({row.case for row in rows if row.metric == "dice"} for rows in whole[key].values()))
+        dice = [per_case(row for row in rows if row.metric == "dice") for rows in members.values()]
+        found[key] = _Part(
+            rows=members,
+            clean=clean,
+            texts={name: tuple(sorted({row.attack for row in rows})) for name, rows in members.items()},
+            cases=cases,
+            broken=bool(cases) and all(any(values.get(case) == 0 for values in dice) for case in cases),
+        )
+    return found
+
+
+def _united(models: Sequence[Texts]) -> Texts:
+    """The members of one ensemble on several models; none unless the records show it to be one."""
+    united, *others = models
+    while others:
+        near = next((texts for texts in others if _settings(texts) & _settings(united)), None)
+        if near is None or any(united.get(name, attacks) != attacks for name, attacks in near.items()):
+            return {}
+        others.remove(near)
+        united = united | near
+    return united
+
+
+def _settings(texts: Texts) -> set[str]:
+    """The attacks without their losses."""
+    return {_LOSS.sub("", attack) for attacks in texts.values() for attack in attacks}
+
+
 def _of_members(records: Iterable[Record]) -> dict[Key, dict[str, list[Record]]]:
     found: dict[Key, dict[str, list[Record]]] = {}
     for record in records:
@@ -117,19 +197,16 @@ def _of_members(records: Iterable[Record]) -> dict[Key, dict[str, list[Record]]]
     return found
 
 
-def _ensemble(
-    key: Key, attacks: dict[str, list[Record]], clean: list[Record], whole: dict[str, list[Record]]
-) -> Ensemble:
-    known = [{row.case for row in rows if row.metric == "dice"} for rows in whole.values()]
-    cases = set.intersection(*known)
-    members = {**attacks, CLEAN: clean}
-    dice, by = _worst(members, "dice", cases)
-    hd95, _ = _worst(members, "hd95", cases)
+def _ensemble(key: Key, part: _Part, texts: Texts) -> Ensemble:
+    members = {**part.rows, CLEAN: part.clean}
+    dice, by = _worst(members, "dice", part.cases)
+    hd95, _ = _worst(members, "hd95", part.cases)
     return Ensemble(
         key=key,
         name=", ".join(filter(None, key)),
-        members=tuple(members),
-        attacks=tuple(dict.fromkeys(row.attack for rows in attacks.values() for row in rows)),
+        members=(*texts, CLEAN),
+        attacks=tuple(dict.fromkeys(attack for attacks in texts.values() for attack in attacks)),
+        broken=part.broken,
         dice=dice,
         by={member: list(by.values()).count(member) for member in members},
         rows=tuple(

@@ -11,6 +11,7 @@ import numpy as np
 
 from medrobust.budgets import budget
 from medrobust.records import CLEAN, Record
+from medrobust.statistics import has_reference
 
 METRICS = ("goal", "reached", "reached_before", "dice_to_target", "dice_to_target_before")
 _WISH = re.compile(r""" toward ('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"): """)
@@ -41,7 +42,8 @@ def _goal(
     cases = {row.case for row in asked if row.value}
 
     def mean(of: Sequence[Record], metric: str, structure: str, form: str) -> str:
-        values = [r.value for r in of if (r.metric, r.class_name) == (metric, structure) and r.case in cases]
+        found = [r for r in of if (r.metric, r.class_name) == (metric, structure) and r.case in cases]
+        values = [r.value for r in found if metric != "missed_rate" or has_reference(r)]  # else nothing is to be missed
         return format(float(np.mean(values)), form) if values else "–"
 
     structures = [

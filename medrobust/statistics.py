@@ -27,6 +27,20 @@ def is_foreground(record: Record) -> bool:
     return bool(record.class_name) and record.class_name.lower() != BACKGROUND
 
 
+def has_reference(record: Record) -> bool:
+    """Whether the reference holds the structure of the row."""
+    return record.status in ("ok", "missed")
+
+
+def is_missed(record: Record) -> bool:
+    """Whether no voxel of a structure of the reference is right; for rows of Dice.
+
+    The prediction may have its class elsewhere: then the row's status is "ok", for the distance is measured, and its
+    Dice is 0 all the same.
+    """
+    return record.status == "missed" or (record.status == "ok" and record.value == 0)
+
+
 def per_case(records: Iterable[Record]) -> dict[str, float]:
     """One number a case from the rows of one metric under one condition, in the order of first appearance.
 

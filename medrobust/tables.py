@@ -13,11 +13,19 @@ from medrobust import breaking, goal_tables, transfer
 from medrobust.budgets import budget
 from medrobust.contest import Rival, structures, verdict, worst_of_all
 from medrobust.decline import Point, decline
-from medrobust.ensembles import COUNTS, Ensemble, Key, ensemble_of, ensembles, filled
+from medrobust.ensembles import COUNTS, Ensemble, Key, ensemble_of, ensembles_of_models, filled
 from medrobust.labels import told_apart
 from medrobust.pooled import Bounded
 from medrobust.records import CLEAN, Record, csv_text
-from medrobust.statistics import Interval, is_foreground, mean_interval, paired_drop, per_case
+from medrobust.statistics import (
+    Interval,
+    has_reference,
+    is_foreground,
+    is_missed,
+    mean_interval,
+    paired_drop,
+    per_case,
+)
 
 HEADS = {
     "dice": "Dice",
@@ -55,6 +63,8 @@ class _Group:
         rows = self.of(metric)
         if metric == "volume_error":  # too large and too small must not cancel
             rows = [replace(row, value=abs(row.value)) for row in rows]
+        if metric == "missed_rate":  # what the reference lacks has nothing to miss
+            rows = [row for row in rows if has_reference(row)]
         return per_case(rows)
 
     @property
@@ -78,10 +88,6 @@ class _Group:
     def ensemble(self) -> Key | None:
         return ensemble_of(self.condition, self.rows[0].attack, self.protocol)
 
-    def pairs(self, *status: str) -> int:
-        """How many structures, case by case, have this status."""
-        return structures(self.of("dice"), *status)
-
 
 def contents(
     records: list[Record], title: str, notes: Sequence[str], controls: Collection[str] | None
@@ -89,12 +95,14 @@ def contents(
     """All that the templates show, as text. Raises ValueError for no records."""
     if not records:
         raise ValueError("expected at least one record, got none; evaluate a case first")
-    models = [_model(own[0].model, own, controls) for own in _of_models(records)]
+    parts = _of_models(records)
+    teams = ensembles_of_models(parts)
+    models = [_model(own[0].model, own, found, controls) for own, found in zip(parts, teams, strict=True)]
     return {
         "title": title,
         "models": models,
         "comparison": _comparison(models),
-        "notes": [*notes, *_notes(records)],
+        "notes": [*notes, *_notes(records, [team for found in teams for team in found])],
         "provenance": {
             "Cases": str(len(_unique(record.case for record in records))),
             "Model": "; ".join(filter(None, _unique(record.model for record in records))) or "not recorded",
@@ -118,17 +126,18 @@ def _comparison(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _model(name: str, records: list[Record], controls: Collection[str] | None) -> dict[str, Any]:
+def _model(
+    name: str, records: list[Record], teams: Sequence[Ensemble], controls: Collection[str] | None
+) -> dict[str, Any]:
     groups = _groups([record for record in records if record.metric not in breaking.METRICS], controls)
     without_holes = _attacked(_groups(filled(records), controls))
     clean = next((group for group in groups if group.condition == CLEAN), None)
     baseline = clean.values("dice") if clean else {}
     attacked = _attacked(groups)
     lines = [_line(group, baseline) for group in groups]
-    teams = ensembles(records)
     lines += [_team(team, baseline) for team in teams]
     rivals = _rivals(attacked, teams)
-    if len(attacked) > 1 and (worst := _worst(rivals, baseline)):
+    if rivals and (teams or len(attacked) > 1) and (worst := _worst(rivals, baseline)):
         lines.append(worst)
     labels = _labels(groups)
     classes = _unique(row.class_name for row in records if row.metric == "dice" and is_foreground(row))
@@ -200,7 +209,7 @@ def _line(group: _Group, baseline: Mapping[str, float]) -> dict[str, Any]:
     dice = group.values("dice")
     linf = group.values("linf")
     shared = [case for case in dice if case in baseline]
-    present, missed = group.pairs("ok", "missed"), group.pairs("missed")
+    missed, present = structures(group.of("dice"))
     return {
         "key": group.key,
         "condition": group.condition,
@@ -274,11 +283,13 @@ def _team(team: Ensemble, baseline: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _team_key(team: Ensemble) -> tuple[Any, ...]:
-    return "ensemble", team.name, team.members, team.attacks, tuple(sorted(team.dice))
+    # Sorted: the worst of several attacks does not depend on which comes first.
+    return "ensemble", team.name, *(tuple(sorted(each)) for each in (team.members, team.attacks, team.dice))
 
 
 def _team_name(team: Ensemble) -> str:
-    return f"{team.name}: worst of {len(team.members) - 1}, case by case"
+    count = len(team.members) - 1
+    return f"{team.name}: worst {f'of {count}' if count > 1 else 'member'}, case by case"
 
 
 def _details(team: Ensemble) -> dict[str, str]:
@@ -304,7 +315,9 @@ def _cell(group: _Group, organ: str) -> dict[str, Any]:
     value = _organ(group, organ)
     rows = [row for row in group.of("dice") if row.class_name == organ]
     words = {
-        word: len({row.case for row in rows if row.status == word}) for word in ("both empty", "missed", "invented")
+        "both empty": len({row.case for row in rows if row.status == "both empty"}),
+        "missed": len({row.case for row in rows if is_missed(row)}),
+        "invented": len({row.case for row in rows if row.status == "invented"}),
     }
     return {
         "text": "–" if value is None else f"{value:.3f}",
@@ -365,15 +378,20 @@ def _attacks(records: list[Record]) -> list[dict[str, Any]]:
     return [{"name": ", ".join(filter(None, key)), "settings": _unique(attacks)} for key, attacks in found.items()]
 
 
-def _notes(records: list[Record]) -> list[str]:
+def _notes(records: list[Record], teams: Sequence[Ensemble]) -> list[str]:
     """What every report says, so that nobody has to ask."""
     dice = [record for record in records if record.metric == "dice" and is_foreground(record)]
     counted = {word: sum(record.status == word for record in dice) for word in ("both empty", "missed", "invented")}
+    elsewhere = sum(is_missed(record) for record in dice) - counted["missed"]
+    lesions = any(record.metric == "missed_rate" for record in records)
     notes = [
         "Empty structures. Where neither reference nor prediction holds a structure, Dice is 1 and the distance 0 "
         f"({counted['both empty']} of {len(dice)} Dice values here). Where one of them alone does, Dice is 0 and the "
         f"distance is the diagonal of the image: missed, in the reference alone ({counted['missed']}); invented, in "
-        f"the prediction alone ({counted['invented']}). No value is left out of a mean.",
+        f"the prediction alone ({counted['invented']}). Missed, too, is a structure of the reference with no voxel "
+        f"right, its class being predicted in wrong places only ({elsewhere}): Dice is 0 and the distance is measured. "
+        "No value is left out of a mean"
+        + (", but for missed lesions: a structure that the reference lacks has none to miss." if lesions else "."),
         "Means are over the foreground classes of a case first, then over cases; the background is in none of them. "
         "HD95 is in mm. L∞ is the largest change of any voxel in any case, for intensities from 0 to 1. Flipped is the "
         "share of voxels whose predicted class differs from the one on the clean image.",
@@ -387,10 +405,11 @@ def _notes(records: list[Record]) -> list[str]:
             f"{BOOTSTRAP_SEED}); the drop is paired case by case."
             + (f" With {cases} cases they are rough, and tend to be too narrow." if cases < 10 else "")
         )
-    if any(len(filled(own)) > len(own) for own in _of_models(records)):
+    if any(team.broken for team in teams) or any(len(filled(own)) > len(own) for own in _of_models(records)):
         notes.append(
             "A case that one member of an ensemble broke (Dice 0) is not given to the others: their lines are means "
-            "over what was left, and the ensemble as a whole is compared with other attacks."
+            "over what was left, a member that was left nothing has none, and the ensemble as a whole is compared with "
+            "other attacks."
         )
     notes.append(
         "An attack that fails shows that this attack fails, not that the model is safe. This is research evidence, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -490,6 +491,32 @@ def test_the_command_line_of_monai_runs_a_bundle(btcv_tree: Path, settings: dict
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "imagesTr" / "img0001_seg.nii.gz").is_file()
+
+
+def test_btcvs_learning_rate_is_the_published_one() -> None:
+    """Every epoch against the published recurrence (LinearWarmupCosineAnnealingLR, stepped once an epoch)."""
+    parser = ConfigParser(yaml.safe_load(Path(configs("btcv_unetr", "train.yaml")[0]).read_text(encoding="utf-8")))
+    parser.update({**SMALLER["btcv_unetr"], "device": "cpu"})
+    parser.parse()
+    schedule, optimizer = (parser.get_parsed_content(key) for key in ("lr_scheduler", "optimizer"))
+    peak, warmup, epochs = 1e-4, 50, 5000
+    expected, found = [0.0], []
+    for e in range(1, epochs):
+        if e < warmup:
+            expected.append(expected[-1] + peak / (warmup - 1))
+        elif e == warmup:
+            expected.append(peak)
+        else:
+            now, before = (1 + math.cos(math.pi * (k - warmup) / (epochs - warmup)) for k in (e, e - 1))
+            expected.append(now / before * expected[-1])
+    for _ in range(epochs):
+        found += [group["lr"] for group in optimizer.param_groups]
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+    # What the published code gave when it was run.
+    known = {0: 0.0, 1: 2.0408e-6, 49: 1e-4, 50: 1e-4, 1000: 9.1184e-5, 2525: 5e-5, 4999: 1.007e-11}
+    assert {e: found[e] for e in known} == pytest.approx(known, rel=1e-4)
 
 
 def test_btcvs_published_split_is_18_and_12_of_30_scans(tmp_path: Path) -> None:

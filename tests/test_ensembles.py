@@ -292,6 +292,136 @@ def test_ensembles_of_two_protocols_are_told_apart_for_each_model() -> None:
     assert [line["condition"] for line in contents(other, "", [], None)["comparison"]] == [CLEAN]
 
 
+def model(name: str, *members: tuple[tuple[str, object], dict[str, float]], **more: str) -> list[Record]:
+    """Clean images and what each member left of the cases that it was given."""
+    clean = told(CLEAN, "", dict.fromkeys("ab", 0.9), protocol="", model=name)
+    return clean + [row for (condition, attack), dice in members for row in told(condition, attack, dice, model=name)]
+
+
+def side_by_side(records: list[Record], **settings: Any) -> dict[str, list[str]]:
+    """The comparison as ``condition -> mean Dice of each model``."""
+    comparison = contents(records, "", [], settings.get("controls"))["comparison"]
+    return {line["condition"]: [cell["mean"] for cell in line["cells"]] for line in comparison}
+
+
+THIRD = ("SEA JS", SECOND[1])
+TEAM, WORST = "SEA, L∞ 8/255, whole volume: worst of {}, case by case", "worst of all, case by case"
+GONE = {"a": 0.0, "b": 0.0}
+WEAK, LESS = {"a": 0.4, "b": 0.4}, {"a": 0.2, "b": 0.6}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "count", "expected"),
+    [
+        # The first member broke every case of one model, and the second was left none.
+        ([(FIRST, GONE)], [(FIRST, WEAK), (SECOND, LESS)], 2, ["0.000", "0.300"]),
+        # Of the other, it broke one.
+        ([(FIRST, GONE)], [(FIRST, {"a": 0.0, "b": 0.4}), (SECOND, {"b": 0.2})], 2, ["0.000", "0.100"]),
+        # Of both: who else was there is not known.
+        ([(FIRST, GONE)], [(FIRST, GONE)], 1, ["0.000", "0.000"]),
+        # Two members broke every case between them.
+        (
+            [(FIRST, {"a": 0.0, "b": 0.4}), (SECOND, {"b": 0.0})],
+            [(FIRST, WEAK), (SECOND, LESS), (THIRD, {"a": 0.1, "b": 0.5})],
+            3,
+            ["0.000", "0.250"],
+        ),
+        # The order of the members makes no difference to the worst of them.
+        ([(FIRST, WEAK), (SECOND, LESS)], [(SECOND, LESS), (FIRST, WEAK)], 2, ["0.300", "0.300"]),
+        ([(SECOND, GONE)], [(FIRST, WEAK), (SECOND, LESS)], 2, ["0.000", "0.300"]),
+        # Each member came first once, and they differ in nothing but their loss.
+        ([(FIRST, GONE)], [(SECOND, GONE)], 2, ["0.000", "0.000"]),
+    ],
+)
+def test_models_are_compared_where_members_were_left_no_case(
+    first: Any, second: Any, count: int, expected: list[str], turned: bool
+) -> None:
+    records = [*model("m", *first), *model("n", *second)]
+    if turned:
+        records, expected = [*model("n", *second), *model("m", *first)], expected[::-1]
+    found = side_by_side(records)
+    name = TEAM.format(count) if count > 1 else TEAM.replace("of {}", "member")
+    assert found[name] == expected
+    assert found[WORST] == expected
+    # With another attack beside the ensemble, the worst of all is over both.
+    for dice, worst in ((0.9, expected), (0.0, ["0.000", "0.000"])):
+        pgd = [row for one in "mn" for row in told("PGD", PGD(eps=8 / 255), dict.fromkeys("ab", dice), model=one)]
+        found = side_by_side([*records, *pgd])
+        assert (found["PGD"], found[name], found[WORST]) == ([f"{dice:.3f}"] * 2, expected, worst)
+
+
+def test_what_is_no_member_of_all_is_compared_with_nothing() -> None:
+    """Other settings, a case that nobody broke, other cases, other protocols, other members, or no link at all."""
+    whole = model("n", (FIRST, WEAK), (SECOND, LESS))
+    longer = [(name, replace(attack, steps=80)) for name, attack in (FIRST, SECOND)]
+    for other in (
+        model("m", (longer[0], GONE)),
+        model("m", (FIRST, GONE), (longer[1], GONE)),
+        model("m", (FIRST, {"a": 0.0, "b": 0.1})),
+        model("m", (FIRST, {"a": 0.0})),
+        model("m", (FIRST, {"a": 0.0, "b": 0.0, "c": 0.0})),
+        model("m", (FIRST, {"a": 0.0, "b": 0.1}), (SECOND, {"b": 0.1}), (THIRD, {"b": 0.1})),
+        model("m", (THIRD, GONE)),
+        [replace(row, protocol=row.protocol and "tiles") for row in model("m", (FIRST, GONE))],
+        [replace(row, attack=row.attack and f"saved {row.attack}") for row in model("m", (FIRST, GONE))],
+    ):
+        for records in ([*other, *whole], [*whole, *other]):
+            assert not [condition for condition in side_by_side(records) if "worst" in condition]
+    # Members in common there are none here, and no settings: two ensembles, unless a third model knows both members.
+    apart = [*model("m", (FIRST, GONE)), *model("o", (longer[1], GONE))]
+    assert TEAM.format(2) not in side_by_side(apart)
+    both = side_by_side([*apart, *model("n", (FIRST, WEAK), (longer[1], LESS))])
+    assert both[TEAM.format(2)] == ["0.000", "0.000", "0.300"]
+
+
+def test_a_single_attack_with_the_name_of_a_member_stays_one() -> None:
+    """Alone on a model that it did not break, it is no ensemble there, so it is none where it broke everything."""
+    pgd = [row for one in "mn" for row in told("PGD", PGD(eps=8 / 255), {"a": 0.1, "b": 0.1}, model=one)]
+    found = side_by_side([*model("m", (FIRST, GONE)), *model("n", (FIRST, LESS)), *pgd])
+    assert found == {
+        CLEAN: ["0.900", "0.900"],
+        FIRST[0]: ["0.000", "0.400"],
+        "PGD": ["0.100", "0.100"],
+        WORST: ["0.000", "0.100"],
+    }
+
+
+def test_a_member_that_broke_everything_speaks_for_its_ensemble() -> None:
+    records = model("m", (FIRST, GONE))
+    (team,) = ensembles(records)
+    assert (team.members, team.broken, team.dice) == ((FIRST[0], CLEAN), True, GONE)
+    (found,) = contents(records, "", [], None)["models"]
+    name = TEAM.replace("of {}", "member")
+    assert [line["condition"] for line in found["lines"]] == [CLEAN, FIRST[0], name, WORST]
+    assert found["verdict"]["by"] == name
+    text = markdown(records)
+    assert "is not given to the others" in text
+    assert f"the worst member was {FIRST[0]} 2" in text
+    # One that did not is a single attack, also where the clean image is lost already.
+    assert ensembles(model("m", (FIRST, LESS))) == []
+    broken_clean = [replace(row, value=0.0) if row.condition == CLEAN else row for row in model("m", (FIRST, LESS))]
+    assert ensembles(broken_clean) == []
+    # An ensemble of controls is no attack, and there is no worst of all.
+    assert WORST not in side_by_side([*records, *model("n", (FIRST, GONE))], controls=[FIRST[0]])
+
+
+def test_a_real_run_of_two_models_is_compared_however_soon_one_breaks() -> None:
+    """With a ball as large as the range the first member breaks every case of a linear model, and no other runs."""
+    image, label = data(classes=2)
+    wanted = conditions(team(1.0, objective=SoftDice(), random_start=False))
+    records = []
+    for name, network in (("linear", VoxelLinear()), ("small", SmallNet(classes=2).eval())):
+        judge = Evaluation(network=network, inferer=None, class_names=NAMES[:2], model=name)
+        for case in range(2):
+            results = judge.case(f"case{case}", image[case], label[case], wanted)
+            records += [record for result in results for record in result.records]
+    ran = [{r.condition for r in records if r.model == name and "SEA" in r.condition} for name in ("linear", "small")]
+    assert [len(members) for members in ran] == [1, 3]
+    found = side_by_side(records)
+    assert len([name for name in found if name.startswith("SEA, L∞ 255/255") or name == WORST]) == 2
+
+
 def test_tiles_and_whole_volume_are_compared_on_the_same_cases() -> None:
     records = [*skipped(), *told(*SECOND, {"a": 0.7, "b": 0.7, "c": 0.7, "d": 0.9}, protocol="tiles")]
     (model,) = contents(records, "", [], None)["models"]

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from base64 import b64decode
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -186,6 +187,57 @@ def test_notes_count_the_empties_and_take_more(records: list[Record]) -> None:
     assert "(1 of 25 Dice values here)" in text
     assert "missed, in the reference alone (2)" in text
     assert "- The reference masks come from TotalSegmentator." in text
+
+
+def seen(metric: str, cells: dict[tuple[str, str], tuple[float, str]], condition: str = "PGD") -> list[Record]:
+    """Rows of one metric: case and structure -> value and status."""
+    attack = {"attack": PGD, "protocol": "whole volume"} if condition != "clean" else {}
+    return [
+        Record(case=case, condition=condition, metric=metric, class_name=organ, value=value, status=status, **attack)
+        for (case, organ), (value, status) in cells.items()
+    ]
+
+
+def test_missed_lesions_are_averaged_over_what_the_reference_has() -> None:
+    """All lesions of all structures are missed, whatever the zeros of structures that are not there."""
+    cells = {
+        ("a", "background"): (0.0, "ok"),
+        ("a", "liver"): (1.0, "missed"),
+        ("a", "spleen"): (0.0, "both empty"),
+        ("a", "kidney"): (0.0, "invented"),
+        ("b", "liver"): (1.0, "missed"),
+        ("b", "spleen"): (1.0, "ok"),  # found in wrong places only
+        ("c", "liver"): (0.0, "invented"),  # nothing to miss in this case
+        ("c", "spleen"): (0.0, "both empty"),
+    }
+    absent = {("a", "liver"): (0.0, "both empty"), ("b", "liver"): (0.0, "invented")}
+    records = [*seen("missed_rate", cells), *seen("missed_rate", absent, "clean")]
+    (found,) = [one for one in Page(html(records)).tables if "Missed lesions" in one[0]]
+    assert dict(found[1:]) == {"clean": "–", "PGD": "1"}
+    half = seen("missed_rate", cells | {("b", "spleen"): (0.0, "ok")})
+    assert "| PGD | 0.75 |" in markdown(half)
+    assert "No value is left out of a mean, but for missed lesions" in markdown(half)
+    # Other metrics are averaged over everything.
+    assert "| PGD | 0.4444 |" in markdown([replace(record, metric="iou") for record in seen("iou", cells)])
+
+
+def test_a_structure_without_a_right_voxel_is_missed_wherever_its_class_was_predicted() -> None:
+    clean = {(case, organ): (0.9, "ok") for case in "ab" for organ in ("liver", "spleen")}
+    dice = {
+        ("a", "liver"): (0.0, "ok"),
+        ("a", "spleen"): (0.0, "missed"),
+        ("b", "liver"): (0.2, "ok"),
+        ("b", "spleen"): (0.0, "invented"),
+    }
+    records = [*seen("dice", clean, "clean"), *seen("dice", dice), *seen("hd95", {("a", "liver"): (12.5, "ok")})]
+    text = markdown(records)
+    assert "2 of 3 structures are missed (2 cases)" in text
+    assert "| 12.5 | 2 of 3 |" in text
+    assert "| liver | 0.900 | 0.100 (1 missed) |" in text
+    assert "| spleen | 0.900 | 0.000 (1 missed, 1 invented) |" in text
+    assert "missed, in the reference alone (1)" in text
+    assert "in wrong places only (1)" in text
+    assert table(html(records), 0)["PGD whole volume, L∞ 8/255, 20 steps"]["Missed"] == "2 of 3"
 
 
 def test_provenance_leads_back_to_the_file(records: list[Record], tmp_path: Path) -> None:

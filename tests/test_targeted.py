@@ -167,3 +167,21 @@ def test_the_table_leaves_impossible_cases_out_of_its_means() -> None:
     assert found["reached"] == ["10.0%", "90.0%"]
     assert found["structures"][0]["volume"] == ["+5.0%", "-75.0%"]
     assert found["impossible"] == [{"case": "b", "why": "none"}]
+
+
+def test_a_structure_that_the_reference_lacks_has_no_lesion_to_be_missed() -> None:
+    """Liver is in one of two cases, where it is missed under attack; the spleen is to be invented in both."""
+    shared = {"condition": "PGD", "attack": "PGD(eps=0.1) toward 'invent spleen': Invent()"}
+    values = {("a", "liver"): (1.0, "ok"), ("b", "liver"): (0.0, "invented")}
+    values |= {(case, "spleen"): (0.0, "invented") for case in "ab"}
+    records = []
+    for (case, organ), (rate, status) in values.items():
+        records.append(Record(case=case, metric="goal", class_name=organ, value=1, **shared))
+        seen = {"case": case, "metric": "missed_rate", "class_name": organ}
+        records.append(Record(**seen, value=rate, status=status, **shared))
+        records.append(Record(**seen, value=0.0, status="both empty" if rate == 0 else "ok", condition=CLEAN))
+    (found,) = goals_table(records)
+    assert {part["name"]: part["missed"] for part in found["structures"]} == {
+        "liver": ["0%", "100%"],
+        "spleen": ["–", "–"],
+    }
