@@ -14,7 +14,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-_SUPPORT = ("base", "class_losses", "norms", "objectives", "scores", "threat", "voxel_losses")
+_SUPPORT = ("base", "class_losses", "norms", "objectives", "scores", "step_sizes", "threat", "voxel_losses")
 """Files that hold what attacks share."""
 
 

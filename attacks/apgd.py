@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from medrobust.attacks.base import Attack, Best, Model, at, per_case
 from medrobust.attacks.norms import Norm, ball, random_start, scaled, steepest
 from medrobust.attacks.objectives import CrossEntropy, Objective, SoftDice
-from medrobust.attacks.scores import VoxelError, reported
+from medrobust.attacks.scores import VoxelError, ceiling, reported
 from medrobust.attacks.threat import Eps, ThreatModel, radius
 from medrobust.attacks.voxel_losses import VoxelLoss
 
@@ -124,6 +125,7 @@ class APGD(Attack):
         if self.as_published and isinstance(self.setting("criterion"), VoxelError):
             score = score + (label.flatten(1) < 0).to(score).mean(1)
         found = _Found(x, score, ties=self.as_published)
+        enough = math.inf if self.as_published else ceiling(self.setting("criterion"), targeted=self.targeted)
         best, best_x, best_gradient = progress, x, gradient
         history = [torch.zeros_like(progress) if self.as_published else progress]
         step_size = torch.full_like(progress, 2.0)
@@ -131,6 +133,8 @@ class APGD(Attack):
         last_best, reduced = best, torch.ones_like(best, dtype=torch.bool)
         unit = radius(eps, image)
         for step in range(steps):
+            if bool((found.score >= enough).all()):
+                break  # all cases are broken: no image can do more
             move = per_case(step_size, x) * unit * steepest(self.norm, gradient)
             share = 1.0 if step == 0 else 0.75
             ahead = threat.project(x + move, image)

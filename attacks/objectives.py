@@ -48,16 +48,18 @@ class SoftDice:
         head: how the channels are read; one channel is always a sigmoid.
         include_background: also count channel 0 of a softmax head.
         smooth: in voxels; it decides what an absent class is worth.
+        classes: only these count (:func:`rows_of`), to attack one structure; ``None``: all.
     """
 
     head: Head = "softmax"
     include_background: bool = False
     smooth: float = 1.0
+    classes: tuple[int, ...] | None = None
 
     def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
         p, t = probabilities(logits, label, self.head)
-        if not self.include_background and is_softmax(logits, self.head):
-            p, t = p[:, 1:], t[:, 1:]
+        rows = rows_of(self.classes, logits, self.head, include_background=self.include_background)
+        p, t = p[:, rows], t[:, rows]
         overlap = (p * t).sum(-1)
         dice = (2 * overlap + self.smooth) / (p.sum(-1) + t.sum(-1) + self.smooth)
         return 1 - dice.mean(1)
@@ -99,6 +101,26 @@ class DiceCE:
 def is_softmax(logits: Tensor, head: Head) -> bool:
     """Whether the channels compete."""
     return head == "softmax" and logits.shape[1] > 1
+
+
+def rows_of(
+    classes: tuple[int, ...] | None, logits: Tensor, head: Head, *, include_background: bool = False
+) -> slice | list[int]:
+    """Which channels of the logits (B, K, *S) a mean over classes takes.
+
+    Classes are numbered as in the label: channels of a softmax head, of overlapping sigmoid channels from 0, and 1 for
+    what a single sigmoid channel shows. ``None`` is all, without the background of a softmax head.
+
+    Raises:
+        ValueError: a class that the logits have no channel for.
+    """
+    channels = logits.shape[1]
+    if classes is None:
+        return slice(0 if include_background or not is_softmax(logits, head) else 1, None)
+    rows = [index - 1 if channels == 1 else index for index in classes]
+    if not rows or not all(0 <= row < channels for row in rows):
+        raise ValueError(f"expected classes that logits {tuple(logits.shape)} of a {head} head have, got {classes}")
+    return rows
 
 
 def predict(logits: Tensor, head: Head) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medrobust.attacks.base import Attack, Best, Model, draw
 from medrobust.attacks.objectives import DiceCE, SoftDice
+from medrobust.attacks.step_sizes import Schedule, check_schedule, share
 from medrobust.attacks.threat import SLACK, ThreatModel, slices_first, slices_last
 from medrobust.transforms.blocks import merge, split
 from medrobust.transforms.dct import dct, idct
@@ -88,8 +89,9 @@ class SA2(Attack):
         rho: bound of the noise, a fraction of each coefficient: xi in [1 - rho, 1 + rho].
         block_size: block edge lengths in voxels, one per axis.
         steps: gradient steps; 0 returns the random start, the control without any optimisation.
-        step_size: how far a step moves xi; ``None`` is ``2.5 * rho / steps``, which is the published 0.1 at the default
-            ``rho`` and ``steps``, and always 0.1 with ``reference``.
+        step_size: how far the first step moves xi; ``None`` is ``2 * rho``, and the published 0.1 with ``reference``.
+        schedule: how the steps shrink: ``"constant"``, ``"linear"`` or ``"cosine"``, toward 0 after the last. ``None``
+            is ``"cosine"``, or ``"constant"`` where a ``step_size`` is given and with ``reference``.
         band: which coefficients move. With frequencies k_i of a block of n_i, ``low`` is sum k_i / n_i < 1/2, ``high``
             is its mirror image sum (n_i - 1 - k_i) / n_i < 1/2, ``middle`` is the rest.
         random_start: begin with xi uniform in its bounds, as published, instead of at the clean image.
@@ -105,6 +107,7 @@ class SA2(Attack):
     block_size: tuple[int, ...] = (16, 16, 16)
     steps: int = 10
     step_size: float | None = None
+    schedule: Schedule | None = None
     band: Band = "all"
     random_start: bool = True
     ssim_weight: float | None = None
@@ -120,6 +123,7 @@ class SA2(Attack):
             raise ValueError(
                 f"expected whole steps >= 0 and two or three block sizes >= 1, got {self.steps} and {self.block_size}"
             )
+        check_schedule(self.setting("schedule"))
         if self.band not in ("all", "low", "middle", "high"):
             raise ValueError(f"expected band 'all', 'low', 'middle' or 'high', got {self.band!r}")
         if self.reference and self.steps == 0:
@@ -128,7 +132,8 @@ class SA2(Attack):
     def defaults(self) -> dict[str, Any]:
         return {
             "objective": DiceCE() if self.reference else SoftDice(),
-            "step_size": 0.1 if self.reference else 2.5 * self.rho / max(self.steps, 1),
+            "step_size": 0.1 if self.reference else 2 * self.rho,
+            "schedule": "constant" if self.reference or self.step_size is not None else "cosine",
             "ssim_weight": 0.75 / 0.2 if self.reference else 0.0,
         }
 
@@ -157,7 +162,8 @@ class SA2(Attack):
                 score, chosen = self._score(model, image_adv, label, i, ssim)
                 (gradient,) = torch.autograd.grad(score.sum(), xi)
             yield Step(image_adv.detach(), xi.detach(), score.detach(), chosen)
-            xi = xi.detach() + self.setting("step_size") * gradient.sign()
+            move = self.setting("step_size") * share(self.setting("schedule"), i, self.steps)
+            xi = xi.detach() + move * gradient.sign()
             xi = xi.clamp(1 - self.rho, 1 + self.rho)
         if not self.reference:
             with torch.no_grad():

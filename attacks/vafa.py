@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medrobust.attacks.base import Attack, Best, Model, per_case
 from medrobust.attacks.objectives import DiceCE, SoftDice
+from medrobust.attacks.step_sizes import Schedule, check_schedule, share
 from medrobust.attacks.threat import BlockRMSBall, IntensityRange, ThreatModel, slices_first, slices_last
 from medrobust.transforms.blocks import merge, split
 from medrobust.transforms.dct import dct, idct
@@ -57,8 +58,9 @@ class VAFA(Attack):
             as in the published code.
         steps: gradient steps.
         step_size: how far a step moves a coefficient (``"projected"``) or a quantum (``"soft"``), in grey levels of
-            255. ``None`` is ``q_max / 4`` and, as published, 1. Steps of the projected solver shrink linearly: this
-            is the first one.
+            255. ``None`` is ``q_max / 4`` and, as published, 1.
+        schedule: how the steps shrink: ``"constant"``, ``"linear"`` or ``"cosine"``, toward 0 after the last. ``None``
+            is ``"linear"`` with the projected solver and ``"constant"`` with the published one.
         block_size: block edge lengths in voxels, one per axis. 32 as in the paper's comparisons; its Table 4 and our
             measurements agree that small blocks are weaker.
         solver: ``"projected"`` moves every coefficient along the sign of its gradient and projects it onto what
@@ -79,6 +81,7 @@ class VAFA(Attack):
     q_init: float | None = None
     steps: int = 20
     step_size: float | None = None
+    schedule: Schedule | None = None
     block_size: tuple[int, ...] = (32, 32, 32)
     ssim_weight: float = 1.0
     solver: str | None = None
@@ -95,6 +98,7 @@ class VAFA(Attack):
             )
         if self.setting("solver") not in ("projected", "soft") or (self.reference and self.solver == "projected"):
             raise ValueError(f"expected solver='projected' or 'soft', with reference 'soft', got {self.solver!r}")
+        check_schedule(self.setting("schedule"))
         if self.final not in ("soft", "hard"):
             raise ValueError(f"expected final='soft' or 'hard', got {self.final!r}")
         whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (self.steps, *self.block_size))
@@ -113,6 +117,7 @@ class VAFA(Attack):
             "q_min": q_min,
             "q_init": self.q_max if soft else q_min if self.q_min is None else self.q_min,
             "step_size": 1.0 if soft else self.q_max / 4,
+            "schedule": "constant" if soft else "linear",
             "solver": "soft" if soft else "projected",
         }
 
@@ -151,7 +156,8 @@ class VAFA(Attack):
             yield Step(image_adv.detach(), q, score.detach(), chosen)
             if not last:
                 (gradient,) = torch.autograd.grad(score.sum(), quantized)
-                target = quantized.detach() + self.setting("step_size") * (1 - i / self.steps) * gradient.sign()
+                move = self.setting("step_size") * share(self.setting("schedule"), i, self.steps)
+                target = quantized.detach() + move * gradient.sign()
                 q = nearest_quantum(coefficients, target, self.setting("q_min"), self.q_max)
 
     def _walk_softly(self, q: Tensor, coefficients: Tensor, score_of: ScoreOf, image: Tensor) -> Iterator[Step]:
@@ -163,7 +169,8 @@ class VAFA(Attack):
                 score, chosen = score_of(image_adv, i)
                 (gradient,) = torch.autograd.grad(score.sum(), q)
             yield Step(image_adv.detach(), q.detach(), score.detach(), chosen)
-            q = (q.detach() + self.setting("step_size") * gradient.sign()).clamp(self.setting("q_min"), self.q_max)
+            move = self.setting("step_size") * share(self.setting("schedule"), i, self.steps)
+            q = (q.detach() + move * gradient.sign()).clamp(self.setting("q_min"), self.q_max)
         if self.steps == 0 or not self.reference:
             with torch.no_grad():
                 image_adv = self._render(coefficients, q, SOFTNESS / max(self.steps, 1), image)

@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from medrobust.drawing import POINTS, figure_of, png, quiet
 from medrobust.records import Record
 
-METRICS = ("minimum_eps", "dice_at_minimum_eps")
+METRICS = ("minimum_eps", "dice_at_minimum_eps", "recall_at_minimum_eps")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -45,7 +45,7 @@ def shares(searches: Sequence[dict[str, Any]]) -> bytes:
             color=POINTS[number % len(POINTS)],
             linestyle=("-", "--", ":", "-.")[number % 4],
             linewidth=2,
-            label=f"{search['name']}, Dice below {search['below']}",
+            label=f"{search['name']}, {search['below']}",
         )
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlim(0, most)
@@ -67,7 +67,7 @@ def _entry(condition: str, attack: str, rows: Sequence[Record]) -> dict[str, Any
     places = [max(math.ceil(share * len(sizes)), 1) - 1 for share in QUANTILES]
     return {
         "name": condition.removeprefix("minimum eps, "),
-        "below": _setting(attack, "below"),
+        "below": f"{'recall' if 'MissedForeground(' in attack else 'Dice'} below {_setting(attack, 'below')}",
         "unit": "L∞, /255" if linf else "L2",
         "cases": len(sizes),
         "already": sum(value == 0 for value in sizes),

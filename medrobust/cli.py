@@ -81,8 +81,15 @@ MinimumArg = Annotated[
     list[str] | None,
     typer.Option("--minimum-eps", help="Search each case's smallest eps of this attack: 'pgd steps=20'. Repeatable."),
 ]
-BelowArg = Annotated[float, typer.Option(help="With --minimum-eps: a case is broken when its Dice is less than this.")]
+BelowArg = Annotated[float, typer.Option(help="With --minimum-eps: a case is broken when it scores less than this.")]
 MostArg = Annotated[str | None, typer.Option(help="With --minimum-eps: the largest eps tried, 32/255 unless given.")]
+BrokenByArg = Annotated[
+    str,
+    typer.Option(help="With --minimum-eps: what --below judges: dice, or recall, the foreground's voxels still found."),
+]
+PerStructureArg = Annotated[
+    bool, typer.Option("--per-structure", help="With --minimum-eps: also search for each structure alone.")
+]
 TransferArg = Annotated[
     list[str] | None,
     typer.Option(
@@ -158,6 +165,8 @@ def evaluate(
     minimum_eps: MinimumArg = None,
     below: BelowArg = 0.5,
     most: MostArg = None,
+    broken_by: BrokenByArg = "dice",
+    per_structure: PerStructureArg = False,
     transfer: TransferArg = None,
     region: RegionArg = None,
     workers: WorkersArg = 0,

@@ -460,7 +460,7 @@ class Evaluation:
     ) -> tuple[Tensor, dict[str, float]]:
         """The image at the smallest eps that breaks the case, and what is recorded of it."""
         found = search(model, image, label, generator=lambda: torch.Generator().manual_seed(self.seed))
-        return found.image_adv, {"minimum_eps": found.eps.item(), "dice_at_minimum_eps": found.score.item()}
+        return found.image_adv, {"minimum_eps": found.eps.item(), f"{search.judge}_at_minimum_eps": found.score.item()}
 
     def _concerned(self, condition: Condition) -> dict[str, int]:
         """The structures that a condition's goal is about, by their names."""

@@ -20,6 +20,8 @@ MEANING = {
     "slope": "The model does not do what its gradient says: look for rounding, straight-through or detached parts, and "
     "attack without gradients as well.",
     "steps": "The attack does not work as a search: look at step size, number of steps and what it returns.",
+    "equal gradients": "Another step rule or objective finds more for the same price: leave step_size, schedule and "
+    "objective to their defaults, or report APGD.",
     "budget": "More room must give more harm, and enough room all of it: use more steps, restarts, another objective.",
     "black box": "Who sees no gradient must not do better than who does: the gradient is masked or the attack weak.",
     "transfer": "Images made for another model must not do better than the attack itself: the gradient is masked or "

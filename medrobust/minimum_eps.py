@@ -17,8 +17,11 @@ from torch import Tensor
 
 from medrobust.attacks.base import Attack, Model, frozen, per_case
 from medrobust.attacks.norms import ball
-from medrobust.attacks.objectives import Objective
-from medrobust.attacks.scores import HardDice
+from medrobust.attacks.objectives import Objective, SoftDice
+from medrobust.attacks.scores import HardDice, MissedForeground
+
+JUDGES: dict[str, type[HardDice | MissedForeground]] = {"dice": HardDice, "recall": MissedForeground}
+"""What a case is broken by, as it is typed: its mean Dice, or the share of its foreground that is still found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,9 @@ class MinimumEps:
         below: a case is broken when its score is less than this.
         most: the largest eps tried, in the attack's unit.
         rounds: halvings of the interval; the last one is ``most / 2**rounds`` wide.
-        criterion: whose 1 minus value is the score; hard Dice of the foreground by default.
+        criterion: whose 1 minus value is the score: hard Dice of the foreground by default, or
+            :class:`medrobust.attacks.scores.MissedForeground`, whose score is the share of the foreground's voxels that
+            are still right (``below=0.1``: nine of ten have flipped). With ``classes`` both judge one structure.
     """
 
     attack: Attack
@@ -64,6 +69,29 @@ class MinimumEps:
             raise ValueError(
                 f"expected below in (0, 1], most > 0 and at least 1 round, got {self.below}, {self.most}, {self.rounds}"
             )
+
+    def of_structure(self, index: int) -> MinimumEps:
+        """The search for one structure alone: its own score, and an attack on its own soft Dice.
+
+        Args:
+            index: the structure's class, numbered as in the label.
+
+        Raises:
+            ValueError: the attack climbs another objective, which looks at all structures.
+        """
+        objective = self.attack.setting("objective")
+        if not isinstance(objective, SoftDice) or not isinstance(self.criterion, HardDice | MissedForeground):
+            raise ValueError(f"expected an attack on soft Dice, to climb one structure's, got {objective!r}")
+        return replace(
+            self,
+            attack=replace(self.attack, objective=replace(objective, classes=(index,))),
+            criterion=replace(self.criterion, classes=(index,)),
+        )
+
+    @property
+    def judge(self) -> str:
+        """What the score is, as in ``JUDGES``."""
+        return next((name for name, kind in JUDGES.items() if isinstance(self.criterion, kind)), "score")
 
     def __call__(
         self, model: Model, image: Tensor, label: Tensor, *, generator: Callable[[], torch.Generator] | None = None

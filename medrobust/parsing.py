@@ -16,7 +16,7 @@ from medrobust import attacks
 from medrobust.attacks import objectives, scores, voxel_losses
 from medrobust.attacks.base import Attack
 from medrobust.goals import ChangeVolume, Erase, Goal, Inside, Invent, MoveBoundary, Swap
-from medrobust.minimum_eps import MinimumEps
+from medrobust.minimum_eps import JUDGES, MinimumEps
 from medrobust.regions import BODY, LABEL, Region
 
 OBJECTIVES = ("objective", "criterion", "track")
@@ -151,18 +151,20 @@ def parse_goal(text: str, class_names: Sequence[str]) -> Goal:
         raise ValueError(f"expected the settings of {cls.__name__}, got {text!r}: {error}") from error
 
 
-def parse_minimum(text: str, *, below: float, most: str | None) -> tuple[str, MinimumEps]:
+def parse_minimum(text: str, *, below: float, most: str | None, judge: str = "dice") -> tuple[str, MinimumEps]:
     """A search for the smallest eps of an attack such as ``"pgd steps=20"``; returns what to call it, and the search.
 
     Args:
-        below: a case is broken when its Dice is less than this.
+        below: a case is broken when its Dice, or what else ``judge`` says, is less than this.
         most: the largest eps tried, as typed; ``None``: 32/255.
+        judge: ``dice``, or ``recall``, the share of the foreground's voxels that are still right.
 
     Raises:
         ValueError: unknown attack, setting or value, or an attack that takes no eps.
     """
     name, attack = parse_attack(text)
-    search = MinimumEps(attack=attack, below=below)
+    check_name(judge, JUDGES, "--broken-by")
+    search = MinimumEps(attack=attack, below=below, criterion=JUDGES[judge](head=attack.setting("objective").head))
     return name, search if most is None else dataclasses.replace(search, most=float(parse_value(most)))
 
 

@@ -105,8 +105,8 @@ def strongest(conditions: Iterable[Condition]) -> Condition | None:
 
 
 def cost(condition: Condition, *, quick: bool) -> int:
-    """About how many gradients the checklist takes: ten or twelve runs of the attack, and the black box's queries."""
-    return work(condition) * (10 if quick else 12) + (QUICK_QUERIES if quick else QUERIES) // 3 + 20
+    """About how many gradients the checklist takes: thirteen or fifteen runs of the attack, and queries."""
+    return work(condition) * (13 if quick else 15) + (QUICK_QUERIES if quick else QUERIES) // 3 + 20
 
 
 def plan(condition: Condition | None, mode: str, one: float | None) -> tuple[str, str]:

@@ -52,6 +52,8 @@ def prepare(
     minimum_eps: list[str] | None = None,
     below: float = 0.5,
     most: str | None = None,
+    broken_by: str = "dice",
+    per_structure: bool = False,
     transfer: list[str] | None = None,
     region: str | None = None,
     purpose: str = "",
@@ -70,7 +72,9 @@ def prepare(
     if eps is not None:
         named = sweep(named, eps.split(","))
         wishes = {name: wishes[old] for name in named for old in (name, name.rpartition(" ")[0]) if old in wishes}
-    searches = dict(parse_minimum(word, below=below, most=most) for word in minimum_eps or [])
+    searches = dict(parse_minimum(word, below=below, most=most, judge=broken_by) for word in minimum_eps or [])
+    if per_structure and not searches:
+        raise ValueError("expected --minimum-eps with --per-structure, got none")
     keys = [key.strip() for key in prompts.split(",")] if prompts else []
     forms = [form.strip() for form in stored.split(",")] if stored else []
     protocols = _protocols(protocol)
@@ -103,6 +107,14 @@ def prepare(
         cases = opened.cases(split) if data_list is None else read_list(data_list, section)
     if not cases:
         raise ValueError("expected at least one case, got an empty list")
+    if per_structure:
+        # Before any work: an attack that cannot aim at one structure is refused here.
+        searches = {
+            f"{name}, {structure}": search.of_structure(index)
+            for name, search in searches.items()
+            for index, structure in enumerate(opened.class_names)
+            if index
+        } | searches
     where = parse_region(region, opened.class_names) if region else None
     others = _surrogates(transfer or [], opened)
     evaluation = Evaluation(

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medrobust.attacks.apgd import APGD
 from medrobust.attacks.base import Attack, Model, check_image, check_label_grid, check_region, frozen, per_case
 from medrobust.attacks.norms import scaled, steepest
 from medrobust.attacks.objectives import SoftDice, predict
+from medrobust.attacks.pgd import PGD
 from medrobust.attacks.random_noise import RandomNoise
 from medrobust.attacks.scores import HardDice
 from medrobust.attacks.square import Square
@@ -52,6 +54,8 @@ ZERO_DICE = 0.05
 """A Dice this low is a broken prediction: whoever reaches it need not get any lower."""
 SLACK = 0.05
 """Dice by which an attack may be behind another before it counts: small maps change by some 0.01 from one voxel."""
+AHEAD = 0.02
+"""Dice by which another attack of equal gradients may be ahead: step rules that work end within 0.01 of each other."""
 CONVERGED = 0.1
 """Dice that twice the steps may still take away."""
 LARGE = 64 / 255
@@ -115,11 +119,17 @@ class Case:
         return self.attacked()
 
     def attacked(self, seed: int = 0, *, factor: float = 1.0, steps: int | None = None) -> Tensor:
-        """The image under the attack with another seed, a radius (and step size) times ``factor``, or other steps."""
+        """The image under the attack with another seed, a radius (and step size) times ``factor``, or steps that
+        are other in number, not in length.
+        """
         changes: dict[str, Any] = {"eps": scaled(self.attack.eps, factor), "steps": steps or self.attack.steps}
-        if (step_size := getattr(self.attack, "step_size", None)) is not None:
-            changes["step_size"] = scaled(step_size, factor)
-        return self.by(replace(self.attack, **changes), seed)
+        return self.by(replace(self.attack, **changes, **self.step_settings(factor)), seed)
+
+    def step_settings(self, factor: float = 1.0) -> dict[str, Any]:
+        """What says how long the steps are, with lengths times ``factor``: it must not follow the number of steps."""
+        names = [name for name in ("step_size", "schedule") if hasattr(self.attack, name)]
+        found = {name: self.attack.setting(name) for name in names}
+        return found if "step_size" not in found else {**found, "step_size": scaled(found["step_size"], factor)}
 
     def by(self, attack: Attack, seed: int = 0, model: Model | None = None) -> Tensor:
         """The image under any attack, made for the case's own model or for another."""
@@ -182,7 +192,7 @@ def checklist(
     generator: torch.Generator | None = None,
     quick: bool = True,
 ) -> list[Finding]:
-    """All checks on one case or a small batch; about ten runs of the attack.
+    """All checks on one case or a small batch; about thirteen runs of the attack.
 
     Args:
         model: the model as it is evaluated; bind a network and its inferer with ``medrobust.inferers.bind``.
@@ -216,6 +226,7 @@ def checklist(
         clean,
         slope,
         partial(steps, thorough=not quick),
+        equal_gradients,
         budget,
         partial(black_box, queries=QUICK_QUERIES if quick else QUERIES),
         restarts,
@@ -299,6 +310,8 @@ def slope(case: Case) -> Finding:
 def steps(case: Case, *, thorough: bool = False) -> Finding:
     """Does the attack rise above the clean image, and do more steps not undo it? Value: Dice won back by later steps.
 
+    Fewer and more steps are as long as the attack's own.
+
     Args:
         thorough: also ask whether twice the steps would still take away more; then that is the value if it is larger.
     """
@@ -321,6 +334,32 @@ def steps(case: Case, *, thorough: bool = False) -> Finding:
         text += f", {longer.mean():.3f} after {2 * full}"
         ok, value = ok and left <= CONVERGED, max(value, left)
     return Finding(check="steps", ok=ok, text=text, value=value)
+
+
+def equal_gradients(case: Case) -> Finding:
+    """Do APGD, and the attack with twice and four times its step, stay behind at equal gradients? Value: mean Dice
+    by which the best of them does better: of one case alone, chance may decide between two good attacks.
+
+    APGD finds its own step; it climbs what the attack climbs, and soft Dice where that is something else. An attack
+    that is APGD itself stands beside PGD.
+    """
+    attack, soft = case.attack, SoftDice(head=case.head)
+    settings: dict[str, Any] = {name: getattr(attack, name) for name in ("eps", "norm", "steps")}
+    settings["restarts"] = getattr(attack, "restarts", 1)
+    cls: Any = PGD if isinstance(attack, APGD) else APGD
+    own = attack.setting("objective")
+    rivals: dict[str, Attack] = {cls.__name__: cls(objective=own, **settings)}
+    if own != soft:
+        rivals[f"{cls.__name__} on soft Dice"] = cls(objective=soft, **settings)
+    if hasattr(attack, "step_size"):
+        for times, word in ((2, "twice the step"), (4, "four times the step")):
+            rivals[word] = replace(attack, **case.step_settings(times))
+    dice = {name: case.dice(case.by(rival)) for name, rival in rivals.items()}
+    found = case.dice(case.image_adv)
+    value = max((found - other).mean().item() for other in dice.values())
+    shown = ", ".join(f"{other.mean():.3f} with {name}" for name, other in dice.items())
+    text = f"Dice {found.mean():.3f} under the attack; for as many gradients {shown}"
+    return Finding(check="equal gradients", ok=value <= AHEAD, text=text, value=value)
 
 
 def budget(case: Case) -> Finding:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from medrobust.attacks import BIM, FGSM, PGD, CrossEntropy, DiceCE, SoftDice
 from medrobust.attacks.base import Attack
+from medrobust.attacks.step_sizes import share
 
 EPS, STEP = 8 / 255, 2 / 255
 
@@ -92,12 +95,37 @@ def test_restarts_are_at_least_as_strong_as_each_run() -> None:
 
 
 def test_step_size_follows_eps_in_a_sweep() -> None:
-    from dataclasses import replace
-
     attack = PGD(eps=8 / 255, steps=20)
-    assert attack.setting("step_size") == pytest.approx(1 / 255)
-    assert replace(attack, eps=4 / 255).setting("step_size") == pytest.approx(0.5 / 255)
+    assert attack.setting("step_size") == pytest.approx(16 / 255)
+    assert replace(attack, eps=4 / 255).setting("step_size") == pytest.approx(8 / 255)
     assert replace(attack, step_size=0.01).setting("step_size") == 0.01
+
+
+def test_steps_shrink_by_the_rule_unless_their_size_is_given() -> None:
+    attack = PGD(eps=8 / 255, steps=4)
+    cosine = [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert [attack.step_size_at(step) for step in range(4)] == pytest.approx([16 / 255 * share for share in cosine])
+    given = replace(attack, step_size=0.01)
+    assert [given.step_size_at(step) for step in range(4)] == [0.01] * 4
+    linear = replace(given, schedule="linear")
+    assert [linear.step_size_at(step) for step in range(4)] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert "step_size=0.01, schedule='constant'" in repr(given)
+    rows = replace(attack, eps=((0.1,), (0.2,)), schedule="linear")
+    assert rows.step_size_at(2) == ((0.1,), (0.2,))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_each_schedule_takes_the_steps_it_says(norm: str, schedule: str) -> None:
+    """A linear objective far from the edge of a wide ball: the way is the sum of the steps."""
+    image, objective = torch.full((1, 1, 4, 4, 4), 0.5), LinearObjective()
+    settings = {"eps": 100.0, "norm": norm, "step_size": 1e-3, "steps": 5, "objective": objective}
+    attack = BIM(**settings, schedule=schedule)
+    got = attack(lambda x: x, image, torch.zeros_like(image)) - image
+    way = sum(share(schedule, step, 5) for step in range(5)) * 1e-3
+    weights = objective.weights(image)
+    direction = weights.sign() if norm == "linf" else weights / weights.norm()
+    torch.testing.assert_close(got, way * direction, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +137,7 @@ def test_step_size_follows_eps_in_a_sweep() -> None:
         ({"eps": -1}, "eps >= 0"),
         ({"eps": float("nan")}, "eps >= 0"),
         ({"norm": "l1"}, "norm 'linf' or 'l2'"),
+        ({"schedule": "cos"}, "schedule among constant, linear, cosine"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict, message: str) -> None:

@@ -30,7 +30,7 @@ def rows(sizes: list[float], norm: str = "linf") -> list[Record]:
 def test_quantiles_keep_what_never_breaks() -> None:
     (found,) = breaking(rows([4 / 255, 0, math.inf, 2 / 255]))
     assert found["quantiles"] == ["0/255", "0/255", "2/255", "4/255", "more than 31.9"]
-    assert (found["cases"], found["already"], found["never"], found["below"]) == (4, 1, 1, "0.5")
+    assert (found["cases"], found["already"], found["never"], found["below"]) == (4, 1, 1, "Dice below 0.5")
     (other,) = breaking(rows([0.1, 0.2, 0.3], "l2"))
     assert other["quantiles"] == ["0.1", "0.1", "0.2", "0.3", "0.3"]
     assert other["unit"] == "L2"
@@ -48,12 +48,31 @@ def test_the_smallest_eps_of_a_run(tmp_path: Path) -> None:
         assert 0 < eps < 0.4
         assert known_dice(bundle, case, eps) < 0.6
         assert known_dice(bundle, case, eps - 0.4 / 32) >= 0.6
-    assert "Broken below Dice" in (out / "report.html").read_text()
-    assert "FGSM, L∞, /255 | 0.6 |" in (out / "report.md").read_text()
+    assert "Dice below 0.6" in (out / "report.html").read_text()
+    assert "FGSM, L∞, /255 | Dice below 0.6 |" in (out / "report.md").read_text()
     call(*words, "--most", "0.4", "--no-pictures")
     assert len(read_csv(out / "records.csv")) == len(records)
     call(*words, "--most", "0.3", code=2)  # another search under the same name
     call("evaluate", "-b", bundle, "-o", tmp_path / "x", "--minimum-eps", "gaussian_noise", code=2)
+
+
+def test_the_smallest_eps_by_recall_and_for_each_structure(tmp_path: Path) -> None:
+    bundle = small_bundle.make(tmp_path / "bundle")
+    out = tmp_path / "run"
+    words = ["evaluate", "-b", bundle, "-o", out, "--minimum-eps", "pgd steps=4", "--below", "0.6", "--most", "0.4"]
+    call(*words, "--broken-by", "recall", "--per-structure", "--no-pictures")
+    records = read_csv(out / "records.csv")
+    names = {record.condition for record in records if record.metric == "minimum_eps"}
+    assert len(names) > 1
+    assert "minimum eps, PGD" in names
+    recalls = [record.value for record in records if record.metric == "recall_at_minimum_eps"]
+    assert len(recalls) == 2 * len(names)
+    assert max(recalls) < 0.6
+    assert "PGD, L∞, /255 | recall below 0.6 |" in (out / "report.md").read_text()
+    call(*words, "-o", tmp_path / "x", "--broken-by", "iou", code=2)
+    call("evaluate", "-b", bundle, "-o", tmp_path / "x", "-a", "fgsm", "--per-structure", code=2)
+    no = ["--minimum-eps", "pgd objective=CE", "--per-structure"]
+    call("evaluate", "-b", bundle, "-o", tmp_path / "x", *no, code=2)
 
 
 def test_attacks_made_on_another_network(tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ import pytest
 import torch
 from oracles import SmallNet, VoxelLinear, data
 
-from medrobust.attacks import APGD, FGSM, PGD, GaussianNoise, HardDice, Universal
+from medrobust.attacks import (
+    APGD,
+    FGSM,
+    PGD,
+    CrossEntropy,
+    GaussianNoise,
+    HardDice,
+    MissedForeground,
+    SoftDice,
+    Universal,
+)
 from medrobust.minimum_eps import MinimumEps
 from medrobust.universal import save
 
@@ -91,3 +101,38 @@ def test_cases_that_are_broken_or_cannot_be() -> None:
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MinimumEps(**settings)
+
+
+def test_by_recall_the_tenth_voxel_of_twelve_decides() -> None:
+    """Below 0.2 of 12 voxels are 2: ten have flipped, and the farthest of the ten nearest says when."""
+    label = torch.zeros(1, 1, 6, 6, dtype=torch.long)
+    label[:, :, 2:5, 1:5] = 1
+    image = torch.full((1, 1, 6, 6), 0.2)
+    image[:, :, 2:5, 1:5] = 0.5 + torch.arange(1, 13).view(3, 4) / 200
+    search = MinimumEps(attack=PGD(steps=10), below=0.2, most=0.2, rounds=10, criterion=MissedForeground())
+    found = search(VoxelLinear(), image, label)
+    assert found.eps.item() == pytest.approx(10 / 200, abs=1e-3)
+    assert found.score.item() == pytest.approx(2 / 12)
+
+
+def test_each_structure_has_an_eps_of_its_own() -> None:
+    """A voxel of class k flips when it is darkened by its distance to k / 4 - 1/8; 3 of 4 voxels halve a Dice of 1."""
+    label = torch.zeros(1, 1, 4, 8, dtype=torch.long)
+    label[..., :2, :4], label[..., 2:, 4:] = 1, 2
+    steps = torch.tensor([0.0, 0.02, 0.06])
+    image = (label / 4).float() - 0.125 * (label > 0) + steps[label]
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        """Background below 1/8, class 1 below 3/8, class 2 above."""
+        return torch.cat([0.125 - x, 0.2 * torch.ones_like(x) - 0.4 * (x - 0.25).abs() - 0.15, x - 0.375], 1)
+
+    assert (model(image).argmax(1, keepdim=True) == label).all()
+    search = MinimumEps(attack=PGD(steps=10), most=0.3, rounds=10)
+    one, two = (search.of_structure(k)(model, image, label).eps.item() for k in (1, 2))
+    assert one == pytest.approx(0.02, abs=2e-3)
+    assert two == pytest.approx(0.06, abs=2e-3)
+    assert search(model, image, label).eps.item() >= min(one, two)
+    assert search.of_structure(1).criterion == HardDice(classes=(1,))
+    assert search.of_structure(1).attack.objective == SoftDice(classes=(1,))
+    with pytest.raises(ValueError, match="expected an attack on soft Dice"):
+        MinimumEps(attack=PGD(objective=CrossEntropy())).of_structure(1)

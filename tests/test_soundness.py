@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 import torch
@@ -298,6 +299,86 @@ def test_steps_that_are_too_few_show_when_doubled(flat: tuple[Net, Tensor, Tenso
     short = case(net, image, label, PGD(eps=EPS, steps=4, step_size=EPS / 8, random_start=False))
     assert soundness.steps(short).ok
     assert not soundness.steps(short, thorough=True).ok
+
+
+@cache
+def curved() -> tuple[nn.Module, Tensor, Tensor]:
+    """Six smooth convolutions that learned two cases by heart: a gradient holds for a short way only."""
+    image, label = data(2, side=24, classes=2)
+    image = 0.5 + CONTRAST * (image - 0.5)
+    torch.manual_seed(1)
+    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, padding=1), nn.Tanh()]
+    for _ in range(4):
+        layers += [nn.Conv2d(16, 16, 3, padding=1), nn.Tanh()]
+    body = nn.Sequential(*layers, nn.Conv2d(16, 2, 1))
+
+    class Curved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.body((image - 0.5) / CONTRAST)
+
+    net = Curved()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(image), label[:, 0]).backward()
+        optimizer.step()
+    return net, image, label
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_old_step_rule_is_noticed_and_the_default_is_not(norm: str) -> None:
+    """Constant steps of 2.5 eps / steps: more steps do not help, for each gets shorter."""
+    net, image, label = curved()
+    eps = EPS if norm == "linf" else 0.5
+    old = PGD(eps=eps, norm=norm, steps=20, step_size=2.5 * eps / 20)
+    found = soundness.equal_gradients(case(net, image, label, old))
+    assert not found.ok
+    assert found.value > 0.03
+    assert "four times the step" in found.text
+    assert "equal gradients" in failed(net, image, label, attack=old)
+    for attack in (replace(old, step_size=None), APGD(eps=eps, norm=norm, steps=20)):
+        assert "equal gradients" not in failed(net, image, label, attack=attack)
+
+
+def test_an_objective_that_is_weaker_than_soft_dice_is_noticed(flat: tuple[Net, Tensor, Tensor]) -> None:
+    net, image, label = flat
+
+    @dataclass(frozen=True)
+    class Brighter:
+        """Climbs one channel whatever the label says."""
+
+        head: str = "softmax"
+
+        def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
+            return logits[:, 1].flatten(1).mean(1)
+
+    found = soundness.equal_gradients(case(net, image, label, replace(ATTACK, objective=Brighter())))
+    assert not found.ok
+    assert "with APGD on soft Dice" in found.text
+
+
+def test_twice_the_steps_are_as_long_as_the_steps_asked_about(flat: tuple[Net, Tensor, Tensor]) -> None:
+    net, image, label = flat
+    asked: list[PGD] = []
+
+    @dataclass(frozen=True, kw_only=True, repr=False)
+    class Own(PGD):
+        """A rule of its own: the more steps, the shorter each."""
+
+        def defaults(self) -> dict[str, object]:
+            return {**super().defaults(), "step_size": 2.5 * EPS / self.steps, "schedule": "constant"}
+
+        def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+            asked.append(self)
+            return super().perturb(model, image, label, generator)
+
+    soundness.steps(case(net, image, label, Own(eps=EPS, steps=8)), thorough=True)
+    assert sorted({attack.steps for attack in asked}) == [2, 8, 16]
+    assert {attack.setting("step_size") for attack in asked} == {2.5 * EPS / 8}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -58,7 +58,6 @@ class LeakingAdversarial:
         weights = [weight for weight in network.parameters() if weight.requires_grad]
         sums = [torch.zeros_like(weight) for weight in weights]
         objective, steps = self.attack.setting("objective"), self.attack.steps
-        step_size = radius(self.attack.setting("step_size"), image)
         modes = [(module, module.training) for module in network.modules()]
         image_adv = image
         try:
@@ -71,7 +70,8 @@ class LeakingAdversarial:
                     for total, one in zip(sums, of_weights, strict=True):
                         if one is not None:
                             total += one
-                    image_adv = self.attack.threat.project(image_adv + step_size * gradient.sign(), image)
+                    move = radius(self.attack.step_size_at(step), image) * gradient.sign()
+                    image_adv = self.attack.threat.project(image_adv + move, image)
         finally:
             for module, mode in modes:
                 module.training = mode
