@@ -1,9 +1,14 @@
 """The smallest budget that breaks a case: how far each patient's segmentation is from failing.
 
-A fixed budget says how many cases fall; this says for each case when it falls. Bisection over an attack with an
-``eps``, all cases of a batch at once, each with its own. Two things make it cheap and tight: an image that broke the
-case is tried first, pulled into the smaller ball, so that an attack runs only where that is not enough; and each
-success is pulled back along its line to the clean image as far as the case stays broken.
+A fixed budget says how many cases fall; this says for each case when it falls. All cases of a batch are searched at once,
+each with a radius of its own, in two ways that need one another:
+
+* bisection over an attack with an ``eps``. An image that broke the case is tried first, pulled into the smaller ball, so
+  that an attack runs only where that is not enough; and each success is pulled back along its line to the clean image as
+  far as the case stays broken;
+* from the nearest image found so, one walk along the attack's objective in a ball that shrinks while the case is broken
+  and grows while it is not (Pintor et al., NeurIPS 2021, 2102.12827). Attacks begin anew at each radius, and end where
+  they are trapped; the walk goes on from what was won.
 """
 
 from __future__ import annotations
@@ -15,13 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medrobust.attacks.base import Attack, Model, frozen, per_case
-from medrobust.attacks.norms import ball
-from medrobust.attacks.objectives import Objective, SoftDice
+from medrobust.attacks.base import Attack, Model, at, frozen, per_case
+from medrobust.attacks.norms import ball, steepest
+from medrobust.attacks.objectives import IGNORED, Objective, SoftDice
 from medrobust.attacks.scores import HardDice, MissedForeground
+from medrobust.attacks.step_sizes import share
 
 JUDGES: dict[str, type[HardDice | MissedForeground]] = {"dice": HardDice, "recall": MissedForeground}
 """What a case is broken by, as it is typed: its mean Dice, or the share of its foreground that is still found."""
+
+
+GROWTH = (0.05, 0.001)
+"""Share by which the walk's radius changes at the first step and at the last (2102.12827, Sec. 2.2)."""
+LENGTH = (0.5, 0.02)
+"""First and last step of the walk, as a share of the radius."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +59,11 @@ class MinimumEps:
     """Bisect the eps at which an attack brings the Dice of a case below a threshold.
 
     Args:
-        attack: any attack with ``eps`` and ``norm``; its own ``eps`` does not matter.
+        attack: any attack with ``eps`` and ``norm``; its own ``eps`` does not matter. The walk climbs its objective.
         below: a case is broken when its score is less than this.
         most: the largest eps tried, in the attack's unit.
         rounds: halvings of the interval; the last one is ``most / 2**rounds`` wide.
+        walk: gradient steps of the walk; 0 leaves it out, and so do attacks that look at neither model nor label.
         criterion: whose 1 minus value is the score: hard Dice of the foreground by default, or
             :class:`medrobust.attacks.scores.MissedForeground`, whose score is the share of the foreground's voxels that
             are still right (``below=0.1``: nine of ten have flipped). With ``classes`` both judge one structure.
@@ -60,14 +73,16 @@ class MinimumEps:
     below: float = 0.5
     most: float = 32 / 255
     rounds: int = 6
+    walk: int = 100
     criterion: Objective = field(default_factory=HardDice)
 
     def __post_init__(self) -> None:
         if not (hasattr(self.attack, "eps") and hasattr(self.attack, "norm")) or self.attack.targeted:
             raise ValueError(f"expected an untargeted attack with an eps and a norm, got {self.attack!r}")
-        if not (0 < self.below <= 1 and self.most > 0 and self.rounds >= 1):
+        if not (0 < self.below <= 1 and self.most > 0 and self.rounds >= 1 and self.walk >= 0):
             raise ValueError(
-                f"expected below in (0, 1], most > 0 and at least 1 round, got {self.below}, {self.most}, {self.rounds}"
+                "expected below in (0, 1], most > 0, at least 1 round and a walk of 0 or more steps, got "
+                f"{self.below}, {self.most}, {self.rounds}, {self.walk}"
             )
 
     def of_structure(self, index: int) -> MinimumEps:
@@ -102,6 +117,7 @@ class MinimumEps:
         """
         make = generator or (lambda: torch.Generator().manual_seed(0))
         norm = self.attack.norm  # type: ignore[attr-defined]
+        aim = self._aim(label)
         low = image.new_zeros(len(image))
         high = torch.full_like(low, self.most)
         score = self._score(model, image, label)
@@ -119,7 +135,7 @@ class MinimumEps:
             if (open_ & (value >= self.below)).any():
                 attacks += 1
                 crafted: Any = replace(self.attack, eps=_rows(middle))  # type: ignore[call-arg]
-                stronger = crafted(model, image, label, generator=make())
+                stronger = crafted(model, image, aim, generator=make())
                 reached = self._score(model, stronger, label)
                 better = reached < value
                 trial = torch.where(per_case(better, image), stronger, trial)
@@ -131,7 +147,48 @@ class MinimumEps:
             eps = torch.where(broke, _size(norm, best - image), eps)
             high = torch.where(broke, eps, high)
             low = torch.where(open_ & ~broke, middle, low)
+        if self.walk and not self.attack.blind:
+            found = Broken(eps=eps, score=score, image_adv=best, attacks=attacks)
+            return self._walked(model, image, label, aim, found)
         return Broken(eps=eps, score=score, image_adv=best, attacks=attacks)
+
+    def _aim(self, label: Tensor) -> Tensor:
+        """The label as the attack sees it: who goes for the foreground's recall need not touch anything else."""
+        if not isinstance(self.criterion, MissedForeground):
+            return label
+        classes = self.criterion.classes
+        wanted = label > 0 if classes is None else torch.isin(label, torch.as_tensor(classes, device=label.device))
+        return torch.where(wanted, label, IGNORED) if label.shape[1] == 1 else label
+
+    def _walked(self, model: Model, image: Tensor, label: Tensor, aim: Tensor, found: Broken) -> Broken:
+        """Go on from what was found, in a ball that follows the case's own success."""
+        norm, objective = self.attack.norm, self.attack.setting("objective")  # type: ignore[attr-defined]
+        eps, score, best = found.eps, found.score, found.image_adv
+        radius, x = eps.clamp_max(self.most), best
+        with frozen(model), torch.inference_mode(False), torch.enable_grad():
+            image, x, aim = image.clone(), x.clone(), aim.clone()
+            for step in range(self.walk + 1):
+                last = step == self.walk
+                if last:
+                    with torch.no_grad():
+                        logits = model(x)
+                else:
+                    _, gradient, logits = self.attack.ascent(model, x, aim, at(objective, step, self.walk))
+                value, size = 1 - self.criterion(logits, label), _size(norm, x - image)
+                nearer = (value < self.below) & (size < eps)
+                best = torch.where(per_case(nearer, image), x.detach(), best)
+                score, eps = torch.where(nearer, value, score), torch.where(nearer, size, eps)
+                if last:
+                    break
+                passed = share("cosine", step, self.walk)
+                change = GROWTH[1] + (GROWTH[0] - GROWTH[1]) * passed
+                shrunk = torch.minimum(radius, size) * (1 - change)
+                grown = (radius * (1 + change)).clamp_max(self.most)
+                radius = torch.where(value < self.below, shrunk, grown)
+                length = radius * (LENGTH[1] + (LENGTH[0] - LENGTH[1]) * passed)
+                x = x + per_case(length, x) * steepest(norm, gradient)
+                x = ball(norm, _rows(radius)).project(x, image)
+        return Broken(eps=eps, score=score, image_adv=best, attacks=found.attacks)
 
     def _score(self, model: Model, image: Tensor, label: Tensor) -> Tensor:
         with frozen(model), torch.no_grad():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from medrobust.attacks.base import Attack
+from medrobust.attacks.standard import Standard
 from medrobust.evaluation import WHOLE, Condition
 from medrobust.findings import FILE, Checked, read, write
 from medrobust.run import Run, case_names, reason
@@ -56,7 +57,7 @@ def work(condition: Condition) -> int:
     attack = condition.attack
     if not isinstance(attack, Attack) or condition.match or condition.stored or attack.blind:
         return 0
-    once = max(gradients([attack]), int(getattr(attack, "queries", 0)) // 3)
+    once = sum(max(gradients([one]), int(getattr(one, "queries", 0)) // 3) for one in _members(attack))
     return once * (condition.minimum.rounds + 1) if condition.minimum else once
 
 
@@ -89,11 +90,12 @@ def duration(seconds: float) -> str:
 
 def strongest(conditions: Iterable[Condition]) -> Condition | None:
     """Whom the checklist asks about: of the untargeted attacks in a norm ball that take at least two steps through the
-    whole volume, the one with most gradients; of equals the one with the largest eps.
+    whole volume, the one with most gradients; of equals the one with the largest eps. Of the standard ensemble, the
+    first member.
     """
     found = [
         condition
-        for condition in conditions
+        for condition in map(_first_member, conditions)
         if isinstance(condition.attack, Attack)
         and condition.protocol == WHOLE
         and not (condition.attack.targeted or condition.surrogate or condition.minimum or condition.stored)
@@ -164,6 +166,16 @@ def one_gradient(conditions: Iterable[Condition], opened: Opened) -> float:
     """Seconds of one gradient of the first attack that takes any."""
     attack = next((c.attack for c in conditions if isinstance(c.attack, Attack) and not c.attack.blind), None)
     return gradient_seconds(attack, opened.model, opened.image, opened.label) if attack is not None else 0.0
+
+
+def _members(attack: Attack) -> tuple[Attack, ...]:
+    return attack.members if isinstance(attack, Standard) else (attack,)
+
+
+def _first_member(condition: Condition) -> Condition:
+    if not isinstance(condition.attack, Standard):
+        return condition
+    return replace(condition, name=f"{condition.name}, first member", attack=condition.attack.members[0])
 
 
 def _fields(checked: Checked) -> dict[str, Any]:

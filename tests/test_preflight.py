@@ -10,7 +10,7 @@ import pytest
 import small_bundle
 from test_cli import call
 
-from medrobust.attacks import APGD, FGSM, PGD, Square
+from medrobust.attacks import APGD, FGSM, PGD, Square, Standard
 from medrobust.evaluation import TILES, WHOLE, Condition
 from medrobust.findings import FILE, Checked, read, write
 from medrobust.minimum_eps import MinimumEps
@@ -43,6 +43,7 @@ def test_work() -> None:
     assert work(condition("a", Square(queries=300))) == 100
     assert work(condition("a", WEAK, minimum=MinimumEps(attack=WEAK, rounds=4))) == 50
     assert work(condition("a", WEAK, stored=("a", "png"))) == 0
+    assert 300 <= work(condition("a", Standard())) <= 350
 
 
 def test_the_strongest_attack_is_asked_about() -> None:
@@ -56,6 +57,13 @@ def test_the_strongest_attack_is_asked_about() -> None:
     ]
     assert strongest([*others, condition("weak", WEAK), wide, long]) is wide
     assert strongest(others) is None
+
+
+def test_of_the_standard_ensemble_the_first_member_is_asked_about() -> None:
+    found = strongest([condition("Standard", Standard(eps=4 / 255)), condition("PGD", PGD(steps=20))])
+    assert found is not None
+    assert found.name == "Standard, first member"
+    assert found.attack == Standard(eps=4 / 255).members[0]
 
 
 def test_the_rule_of_the_checklist() -> None:
