@@ -1,14 +1,14 @@
 """The smallest budget that breaks a case: how far each patient's segmentation is from failing.
 
-A fixed budget says how many cases fall; this says for each case when it falls. All cases of a batch are searched at once,
-each with a radius of its own, in two ways that need one another:
+A fixed budget says how many cases fall; this says for each case when it falls. All cases of a batch are searched at
+once, each with a radius of its own, in two ways that need one another:
 
-* bisection over an attack with an ``eps``. An image that broke the case is tried first, pulled into the smaller ball, so
-  that an attack runs only where that is not enough; and each success is pulled back along its line to the clean image as
-  far as the case stays broken;
-* from the nearest image found so, one walk along the attack's objective in a ball that shrinks while the case is broken
-  and grows while it is not (Pintor et al., NeurIPS 2021, 2102.12827). Attacks begin anew at each radius, and end where
-  they are trapped; the walk goes on from what was won.
+* bisection over an attack with an ``eps``. An image that broke the case is tried first, pulled into the smaller ball,
+  so that an attack runs only where that is not enough; and each success is pulled back along its line to the clean
+  image as far as the case stays broken;
+* from the nearest image found so, one walk along the attack's objective, in a ball that shrinks while the case is
+  broken and grows while it is not (Pintor et al., NeurIPS 2021, 2102.12827). Attacks begin anew at each radius, and end
+  where they are trapped; the walk goes on from what was won.
 """
 
 from __future__ import annotations
