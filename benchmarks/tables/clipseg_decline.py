@@ -1,12 +1,8 @@
-"""ct_slices_clipseg's README: adapters under attack over eps, and the base under another structure's name.
-
-The adapters trained with VAFT are not shipped; they are trained here, from those that are.
-"""
+"""ct_slices_clipseg's README: adapters under attack over eps, and the base under another structure's name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from common import (
     BUNDLES,
@@ -19,7 +15,6 @@ from common import (
     publish_metrics,
     sentence,
     three,
-    trained,
 )
 
 from medrobust.records import CLEAN, Record
@@ -39,10 +34,9 @@ Found = Mapping[str, Mapping[str, Sequence[Record]]]
 def main() -> None:
     asked = arguments(__doc__)
     overlay = [BUNDLES / BUNDLE / "configs" / "adapters.yaml"]
-    weights = {**SHIPPED, "VAFT adapters": by_vaft(quick=asked.quick)}
     found = {
         name: {attack: measured(BUNDLE, attack, weights=file, quick=asked.quick, overlay=overlay) for attack in ATTACKS}
-        for name, file in weights.items()
+        for name, file in SHIPPED.items()
     }
     asking = ",".join(PROMPTS)
     prompted = measured(BUNDLE, weights=SHIPPED["adapters"], quick=asked.quick, overlay=overlay, prompts=asking)
@@ -50,19 +44,6 @@ def main() -> None:
     blocks = {BLOCKS[0]: table(found, prompted), BLOCKS[1]: of_base(base), BLOCKS[2]: words(found)}
     publish(blocks, write=asked.write)
     publish_metrics(BUNDLE, {"mean_dice_ct_b": mean(base, CLEAN), **metrics(found)}, write=asked.write)
-
-
-def by_vaft(*, quick: bool) -> Path:
-    """Adapters that went on from the shipped ones with VAFT, by the bundle's own overlays."""
-    return trained(
-        BUNDLE,
-        ["train.yaml", "train_adapters.yaml", "train_vaft.yaml"],
-        gives="adapters.safetensors",
-        quick=quick,
-        start=BUNDLES / BUNDLE / "models" / SHIPPED["adapters"],
-        max_epochs=40,
-        val_interval=40,
-    )
 
 
 def table(found: Found, prompted: Sequence[Record]) -> str:
