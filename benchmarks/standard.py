@@ -24,7 +24,7 @@ from medrobust.attacks.voxel_losses import (
 
 SEED = 0
 STANDARD = "Standard"
-ENSEMBLE = ("APGD soft Dice", "APGD MCE balanced", "APGD soft Dice, progressive")
+ENSEMBLE = ("APGD soft Dice", "APGD soft Dice, progressive", "APGD CosPGD")
 """Its members that take gradients, by the names of the candidates."""
 GRADIENTS = 100
 """Of a candidate; the long ones, which only say how far one could get, take more."""
