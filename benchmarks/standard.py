@@ -76,7 +76,7 @@ def long(subject: subjects.Subject) -> dict[str, Attack]:
 def measure(cells: Cells, names: list[str]) -> dict[str, dict[str, list[float]]]:
     """Dice of every case, by network and attack; the standard ensemble's members among them."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-    for makers in (candidates, long):
+    for makers in (long, candidates):
         for name in names:
             subject = subjects.load(name)
             for label, attack in makers(subject).items():

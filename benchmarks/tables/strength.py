@@ -63,9 +63,9 @@ def regrets(found: Mapping[tuple[str, str, str, int, str], float], rules: Sequen
     note = (
         "Dice that a rule leaves above the best rule of the same cell: the largest over all cells, in brackets the "
         f"mean. {len(whole)} cells of a network, an attack, a norm and a number of steps: {counts}. Rules without a "
-        "word on shrinking are constant. With 40 and 100 steps the shipped networks saw PGD alone, the toys PGD, "
-        "MIFGSM and CosPGD, all in Linf balls. Of SA2, eps is rho, and of VAFA q_max / 2. Two rules were tried with "
-        "one attack only."
+        "word on shrinking are constant. Every attack took 20 steps on every network; fewer and more steps were taken "
+        "by PGD everywhere, by others on the small networks only. Of SA2, eps is rho, and of VAFA q_max / 2. Two rules "
+        "were tried with one attack only."
     )
     return f"{markdown(head, rows)}\n\n{sentence(note)}"
 
