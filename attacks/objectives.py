@@ -12,8 +12,8 @@ Voxels labelled -1 have no say.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,13 @@ class Objective(Protocol):
     def __call__(self, logits: Tensor, label: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+def described(objective: Any) -> str:
+    """The ``repr`` of a dataclass whose ``classes`` are told where some are chosen: records name attacks by it."""
+    told = [field.name for field in fields(objective) if field.name != "classes" or objective.classes is not None]
+    return f"{type(objective).__name__}({', '.join(f'{name}={getattr(objective, name)!r}' for name in told)})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SoftDice:
     """One minus the soft Dice of the foreground, averaged over its classes: attack the number that is reported.
 
@@ -55,6 +61,8 @@ class SoftDice:
     include_background: bool = False
     smooth: float = 1.0
     classes: tuple[int, ...] | None = None
+
+    __repr__ = described
 
     def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
         p, t = probabilities(logits, label, self.head)

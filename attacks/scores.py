@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medrobust.attacks.objectives import Head, Objective, check_label, is_softmax, predict, rows_of
+from medrobust.attacks.objectives import Head, Objective, check_label, described, is_softmax, predict, rows_of
 from medrobust.attacks.voxel_losses import VoxelLoss
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class HardDice:
     """One minus the Dice of the prediction, averaged over the foreground classes, as it is reported.
 
@@ -29,6 +29,8 @@ class HardDice:
 
     head: Head = "softmax"
     classes: tuple[int, ...] | None = None
+
+    __repr__ = described
 
     def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
         check_label(logits, label, self.head)
@@ -66,7 +68,7 @@ class VoxelError:
         return wrong.to(torch.promote_types(logits.dtype, torch.float32)) / voxels
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MissedForeground:
     """Share of the label's foreground voxels that the prediction gives to something else: one minus their recall.
 
@@ -80,6 +82,8 @@ class MissedForeground:
 
     head: Head = "softmax"
     classes: tuple[int, ...] | None = None
+
+    __repr__ = described
 
     def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
         check_label(logits, label, self.head)

@@ -61,6 +61,15 @@ def test_missed_foreground_is_one_minus_recall() -> None:
     assert MissedForeground()(signs[:, :1], two[:, :1]).item() == pytest.approx(1 / 3)
 
 
+def test_classes_are_told_where_some_are_chosen() -> None:
+    assert repr(SoftDice()) == "SoftDice(head='softmax', include_background=False, smooth=1.0)"
+    assert repr(HardDice()) == "HardDice(head='softmax')"
+    chosen = MissedForeground(head="sigmoid", classes=(0, 2))
+    assert repr(chosen) == "MissedForeground(head='sigmoid', classes=(0, 2))"
+    assert eval(repr(SoftDice(classes=(1,)))) == SoftDice(classes=(1,))
+    assert SoftDice(classes=(1,)) != SoftDice()
+
+
 def test_a_gradient_of_chosen_classes_touches_no_other() -> None:
     _, label = data(2, classes=3)
     logits = torch.zeros(2, 3, *label.shape[2:], requires_grad=True)
