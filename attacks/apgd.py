@@ -69,7 +69,8 @@ class APGD(Attack):
         head = objective.head
         whole = CrossEntropy(head=head) if self.targeted else SoftDice(head=head)
         track = whole if isinstance(objective, VoxelLoss) else objective
-        return {**super().defaults(), "criterion": reported(head, targeted=self.targeted), "track": track}
+        criterion = reported(head, targeted=self.targeted, classes=getattr(objective, "classes", None))
+        return {**super().defaults(), "criterion": criterion, "track": track}
 
     @property
     def threat(self) -> ThreatModel:

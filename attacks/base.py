@@ -35,6 +35,9 @@ class Attack(ABC):
     blind: ClassVar[bool] = False
     """Looks at neither the model nor the label."""
 
+    gradient_free: ClassVar[bool] = False
+    """Asks the model for scores only."""
+
     objective: Objective | None = None
     targeted: bool = False
 

@@ -100,12 +100,13 @@ class MissedForeground:
         return missed.to(exact) / true.flatten(1).sum(1).clamp_min(1)
 
 
-def reported(head: Head, *, targeted: bool) -> HardDice | VoxelError:
+def reported(head: Head, *, targeted: bool, classes: tuple[int, ...] | None = None) -> HardDice | VoxelError:
     """The number that an attack is reported by: Dice, or toward a target the share of voxels that are not as wanted.
 
+    Of an attack on some classes it is their Dice.
     Dice cannot tell there: of a class that shall be absent it is 0 until the last voxel is gone.
     """
-    return VoxelError(head=head) if targeted else HardDice(head=head)
+    return VoxelError(head=head) if targeted else HardDice(head=head, classes=classes)
 
 
 def ceiling(criterion: Objective, *, targeted: bool) -> float:

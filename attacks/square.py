@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ class Square(Attack):
         queries: forward passes in all, that of the clean image and that of the start included.
         p_init: the fraction of the image that the first squares cover; it halves along the published schedule.
     """
+
+    gradient_free: ClassVar[bool] = True
 
     eps: Eps = 8 / 255
     norm: Norm = "linf"

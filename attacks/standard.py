@@ -11,7 +11,7 @@ from torch import Tensor
 from medrobust.attacks.apgd import APGD
 from medrobust.attacks.base import Attack, Best, Model
 from medrobust.attacks.norms import Norm, ball
-from medrobust.attacks.scores import ceiling, reported
+from medrobust.attacks.scores import HardDice, VoxelError, ceiling, reported
 from medrobust.attacks.square import Square
 from medrobust.attacks.threat import Eps, ThreatModel
 from medrobust.attacks.voxel_losses import CosPGDLoss
@@ -27,8 +27,8 @@ class Standard(Attack):
     """Several attacks in turn, the worst image for each case; nothing to choose but the ball.
 
     At most 300 gradients a case: APGD on the soft Dice, the same in three stages of shrinking radius, APGD on CosPGD's
-    loss; then Square, which sees no gradient. Of many candidates these three were the strongest together, on clean and
-    on hardened networks (docs/attacks.md). A batch whose cases are all broken (Dice 0) is done: what is left of the
+    loss; then Square, which sees no gradient. Of many candidates the first three were the strongest together, on clean
+    and on hardened networks (docs/attacks.md). A batch whose cases are all broken (Dice 0) is done: what is left of the
     list is not run.
 
     Args:
@@ -54,14 +54,19 @@ class Standard(Attack):
         """The attacks in their order."""
         objective = self.setting("objective")
         shared: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "targeted": self.targeted}
-        first = APGD(objective=objective, steps=GRADIENTS, **shared)
+        first = APGD(objective=objective, steps=GRADIENTS, criterion=self.judged_by, **shared)
         other = CosPGDLoss(head=objective.head)
         square = Square(objective=objective, queries=QUERIES, **shared)
         return first, replace(first, progressive=True), replace(first, objective=other), square
 
+    @property
+    def judged_by(self) -> HardDice | VoxelError:
+        """What the members choose their images by, and what the worst of them is."""
+        objective = self.setting("objective")
+        return reported(objective.head, targeted=self.targeted, classes=getattr(objective, "classes", None))
+
     def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
-        criterion = reported(self.setting("objective").head, targeted=self.targeted)
-        best = Best()
+        criterion, best = self.judged_by, Best()
 
         def judged(x: Tensor) -> None:
             with torch.no_grad():

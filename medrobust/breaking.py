@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from medrobust.drawing import POINTS, figure_of, png, quiet
-from medrobust.records import Record
+from medrobust.records import ABSENT, Record
 
 METRICS = ("minimum_eps", "dice_at_minimum_eps", "recall_at_minimum_eps")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -25,7 +25,7 @@ def breaking(records: Sequence[Record]) -> list[dict[str, Any]]:
     """
     found: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        if record.metric == "minimum_eps":
+        if record.metric == "minimum_eps" and record.status != ABSENT:
             found.setdefault((record.condition, record.attack), []).append(record)
     return [_entry(condition, attack, rows) for (condition, attack), rows in found.items()]
 
@@ -67,7 +67,7 @@ def _entry(condition: str, attack: str, rows: Sequence[Record]) -> dict[str, Any
     places = [max(math.ceil(share * len(sizes)), 1) - 1 for share in QUANTILES]
     return {
         "name": condition.removeprefix("minimum eps, "),
-        "below": f"{'recall' if 'MissedForeground(' in attack else 'Dice'} below {_setting(attack, 'below')}",
+        "below": f"{_judge(attack)} below {_setting(attack, 'below')}",
         "unit": "L∞, /255" if linf else "L2",
         "cases": len(sizes),
         "already": sum(value == 0 for value in sizes),
@@ -76,6 +76,11 @@ def _entry(condition: str, attack: str, rows: Sequence[Record]) -> dict[str, Any
         "most": most,
         "sizes": sizes,
     }
+
+
+def _judge(attack: str) -> str:
+    """Whose criterion comes after that of its attack."""
+    return "recall" if attack.rpartition("criterion=")[2].startswith("MissedForeground(") else "Dice"
 
 
 def _setting(attack: str, name: str) -> str:

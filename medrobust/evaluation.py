@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,7 +37,7 @@ from medrobust.metrics.ssim import ssim
 from medrobust.metrics.volume_error import volume_error
 from medrobust.minimum_eps import MinimumEps
 from medrobust.prompting import Arguments, Inputs, attack_all_prompts
-from medrobust.records import CLEAN, Record, versions
+from medrobust.records import ABSENT, CLEAN, Record, versions
 from medrobust.regions import Region
 from medrobust.statistics import is_foreground
 from medrobust.targeted import impossible, success
@@ -365,7 +366,8 @@ class Evaluation:
             if why_not:
                 records = impossible(shared, self._concerned(condition), why_not)
             elif condition.minimum is not None:
-                records = [Record(**shared, metric=metric, value=value) for metric, value in extra.items()]
+                word = "ok" if len(extra) > 1 else ABSENT
+                records = [Record(**shared, metric=name, value=value, status=word) for name, value in extra.items()]
             else:
                 records = self._records(shared, condition, spacing, clean, image_adv, reference, pred, pred_adv)
             if condition.goal and not why_not:
@@ -458,7 +460,13 @@ class Evaluation:
     def _search(
         self, search: MinimumEps, model: nn.Module, image: Tensor, label: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        """The image at the smallest eps that breaks the case, and what is recorded of it."""
+        """The image at the smallest eps that breaks the case, and what is recorded of it.
+
+        Of a structure that the label lacks there is nothing to break, and no score.
+        """
+        classes = getattr(search.criterion, "classes", None)
+        if classes and not any((label == index).any() for index in classes):
+            return image, {"minimum_eps": math.inf}
         found = search(model, image, label, generator=lambda: torch.Generator().manual_seed(self.seed))
         return found.image_adv, {"minimum_eps": found.eps.item(), f"{search.judge}_at_minimum_eps": found.score.item()}
 

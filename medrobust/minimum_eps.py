@@ -29,7 +29,6 @@ from medrobust.attacks.step_sizes import share
 JUDGES: dict[str, type[HardDice | MissedForeground]] = {"dice": HardDice, "recall": MissedForeground}
 """What a case is broken by, as it is typed: its mean Dice, or the share of its foreground that is still found."""
 
-
 GROWTH = (0.05, 0.001)
 """Share by which the walk's radius changes at the first step and at the last (2102.12827, Sec. 2.2)."""
 LENGTH = (0.5, 0.02)
@@ -63,7 +62,7 @@ class MinimumEps:
         below: a case is broken when its score is less than this.
         most: the largest eps tried, in the attack's unit.
         rounds: halvings of the interval; the last one is ``most / 2**rounds`` wide.
-        walk: gradient steps of the walk; 0 leaves it out, and so do attacks that look at neither model nor label.
+        walk: gradient steps of the walk; 0 leaves it out, and so do attacks that ask for no gradient.
         criterion: whose 1 minus value is the score: hard Dice of the foreground by default, or
             :class:`medrobust.attacks.scores.MissedForeground`, whose score is the share of the foreground's voxels that
             are still right (``below=0.1``: nine of ten have flipped). With ``classes`` both judge one structure.
@@ -92,16 +91,25 @@ class MinimumEps:
             index: the structure's class, numbered as in the label.
 
         Raises:
-            ValueError: the attack climbs another objective, which looks at all structures.
+            ValueError: the attack climbs another objective, or chooses its image by one, which looks at all structures.
         """
         objective = self.attack.setting("objective")
-        if not isinstance(objective, SoftDice) or not isinstance(self.criterion, HardDice | MissedForeground):
-            raise ValueError(f"expected an attack on soft Dice, to climb one structure's, got {objective!r}")
+        chosen = getattr(self.attack, "criterion", None) or getattr(self.attack, "track", None)
+        if not isinstance(objective, SoftDice) or not isinstance(self.criterion, HardDice | MissedForeground) or chosen:
+            raise ValueError(
+                f"expected an attack on soft Dice, to climb one structure's, got {chosen or objective!r}: "
+                "leave objective, criterion and track to their defaults"
+            )
         return replace(
             self,
             attack=replace(self.attack, objective=replace(objective, classes=(index,))),
             criterion=replace(self.criterion, classes=(index,)),
         )
+
+    @property
+    def gradients_of_walk(self) -> int:
+        """How many gradients of a case the walk takes."""
+        return 0 if self.attack.gradient_free or self.attack.blind else self.walk
 
     @property
     def judge(self) -> str:
@@ -137,28 +145,31 @@ class MinimumEps:
                 crafted: Any = replace(self.attack, eps=_rows(middle))  # type: ignore[call-arg]
                 stronger = crafted(model, image, aim, generator=make())
                 reached = self._score(model, stronger, label)
-                better = reached < value
+                better = (value >= self.below) & (reached < value)  # of others the attack was not asked for
                 trial = torch.where(per_case(better, image), stronger, trial)
                 value = torch.where(better, reached, value)
             broke = open_ & (value < self.below)
             trial = self._pulled_back(model, trial, image, label, broke)
             best = torch.where(per_case(broke, image), trial, best)
             score = torch.where(broke, self._score(model, best, label), score)
-            eps = torch.where(broke, _size(norm, best - image), eps)
+            eps = torch.where(broke, _size(norm, best - image).clamp_max(self.most), eps)
             high = torch.where(broke, eps, high)
             low = torch.where(open_ & ~broke, middle, low)
-        if self.walk and not self.attack.blind:
-            found = Broken(eps=eps, score=score, image_adv=best, attacks=attacks)
-            return self._walked(model, image, label, aim, found)
-        return Broken(eps=eps, score=score, image_adv=best, attacks=attacks)
+        bisected = Broken(eps=eps, score=score, image_adv=best, attacks=attacks)
+        return self._walked(model, image, label, aim, bisected) if self.gradients_of_walk else bisected
 
     def _aim(self, label: Tensor) -> Tensor:
         """The label as the attack sees it: who goes for the foreground's recall need not touch anything else."""
         if not isinstance(self.criterion, MissedForeground):
             return label
         classes = self.criterion.classes
-        wanted = label > 0 if classes is None else torch.isin(label, torch.as_tensor(classes, device=label.device))
-        return torch.where(wanted, label, IGNORED) if label.shape[1] == 1 else label
+        wanted = label > 0
+        if classes is not None and label.shape[1] == 1:
+            wanted = torch.isin(label, torch.as_tensor(classes, device=label.device))
+        elif classes is not None:
+            channels = torch.arange(label.shape[1], device=label.device).view(1, -1, *[1] * (label.ndim - 2))
+            wanted = wanted & torch.isin(channels, torch.as_tensor(classes, device=label.device))
+        return torch.where(wanted, label, IGNORED)
 
     def _walked(self, model: Model, image: Tensor, label: Tensor, aim: Tensor, found: Broken) -> Broken:
         """Go on from what was found, in a ball that follows the case's own success."""
@@ -174,7 +185,7 @@ class MinimumEps:
                         logits = model(x)
                 else:
                     _, gradient, logits = self.attack.ascent(model, x, aim, at(objective, step, self.walk))
-                value, size = 1 - self.criterion(logits, label), _size(norm, x - image)
+                value, size = 1 - self.criterion(logits, label), _size(norm, x - image).clamp_max(self.most)
                 nearer = (value < self.below) & (size < eps)
                 best = torch.where(per_case(nearer, image), x.detach(), best)
                 score, eps = torch.where(nearer, value, score), torch.where(nearer, size, eps)
@@ -199,11 +210,12 @@ class MinimumEps:
         good = torch.ones_like(broke, dtype=image.dtype)
         bad = torch.zeros_like(good)
         for _ in range(5):
-            share = (good + bad) / 2
-            value = self._score(model, image + per_case(share, image) * (image_adv - image), label)
+            middle = (good + bad) / 2
+            value = self._score(model, image + per_case(middle, image) * (image_adv - image), label)
             still = broke & (value < self.below)
-            good, bad = torch.where(still, share, good), torch.where(still, bad, share)
-        return image + per_case(good, image) * (image_adv - image)
+            good, bad = torch.where(still, middle, good), torch.where(still, bad, middle)
+        nearer = image + per_case(good, image) * (image_adv - image)
+        return torch.where(per_case(good < 1, image), nearer, image_adv)  # the whole line would round
 
 
 def _rows(eps: Tensor) -> tuple[tuple[float, ...], ...]:

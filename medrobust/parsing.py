@@ -163,7 +163,7 @@ def parse_minimum(text: str, *, below: float, most: str | None, judge: str = "di
         ValueError: unknown attack, setting or value, or an attack that takes no eps.
     """
     name, attack = parse_attack(text)
-    check_name(judge, JUDGES, "--broken-by")
+    check_name(judge, JUDGES, "judge after --broken-by")
     search = MinimumEps(attack=attack, below=below, criterion=JUDGES[judge](head=attack.setting("objective").head))
     return name, search if most is None else dataclasses.replace(search, most=float(parse_value(most)))
 

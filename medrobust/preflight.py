@@ -58,7 +58,8 @@ def work(condition: Condition) -> int:
     if not isinstance(attack, Attack) or condition.match or condition.stored or attack.blind:
         return 0
     once = sum(max(gradients([one]), int(getattr(one, "queries", 0)) // 3) for one in _members(attack))
-    return once * (condition.minimum.rounds + 1) if condition.minimum else once
+    minimum = condition.minimum
+    return once * (minimum.rounds + 1) + minimum.gradients_of_walk if minimum else once
 
 
 def is_long(conditions: Iterable[Condition]) -> bool:

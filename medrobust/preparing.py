@@ -73,8 +73,8 @@ def prepare(
         named = sweep(named, eps.split(","))
         wishes = {name: wishes[old] for name in named for old in (name, name.rpartition(" ")[0]) if old in wishes}
     searches = dict(parse_minimum(word, below=below, most=most, judge=broken_by) for word in minimum_eps or [])
-    if per_structure and not searches:
-        raise ValueError("expected --minimum-eps with --per-structure, got none")
+    if not searches and (per_structure or broken_by != "dice"):
+        raise ValueError("expected --minimum-eps with --per-structure and --broken-by, got none")
     keys = [key.strip() for key in prompts.split(",")] if prompts else []
     forms = [form.strip() for form in stored.split(",")] if stored else []
     protocols = _protocols(protocol)
@@ -109,12 +109,15 @@ def prepare(
         raise ValueError("expected at least one case, got an empty list")
     if per_structure:
         # Before any work: an attack that cannot aim at one structure is refused here.
-        searches = {
+        of_each = {
             f"{name}, {structure}": search.of_structure(index)
             for name, search in searches.items()
             for index, structure in enumerate(opened.class_names)
             if index
-        } | searches
+        }
+        if taken := of_each.keys() & searches.keys():
+            raise ValueError(f"expected searches of different names, got {taken.pop()!r} twice: name yours otherwise")
+        searches = of_each | searches
     where = parse_region(region, opened.class_names) if region else None
     others = _surrogates(transfer or [], opened)
     evaluation = Evaluation(

@@ -14,6 +14,8 @@ from medrobust.atomic import write_text
 
 CLEAN = "clean"
 BACKGROUND = "background"
+ABSENT = "absent"
+"""Status of a search for one structure where the reference has none: nothing could be broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class Record:
 
     ``condition`` is a short name, "clean" or "PGD"; ``attack`` the full ``repr`` behind it, "" for clean images.
     ``class_name`` is "" for a metric of the whole image, and "background" for the class that no mean over organs takes.
-    ``status`` is "ok", "both empty", "missed" or "invented". ``protocol`` is "whole volume" or "tiles", "" for clean.
+    ``status`` is "ok", "both empty", "missed", "invented", or "absent" of a search for the smallest eps.
+    ``protocol`` is "whole volume" or "tiles", "" for clean.
     ``model`` names the weights, as in "unetr sha256:abcd1234". A new metric adds rows, never columns.
 
     Raises ValueError for NaN: metrics have explicit rules for empty classes, so NaN is a fault to report, not a number.

@@ -42,7 +42,10 @@ class WarmUp:
 
     def __call__(self, epoch: float, generator: torch.Generator) -> Attack:
         share = self.start + (1 - self.start) * min(1.0, epoch / self.epochs)
-        return replace(self.attack, **{self.setting: share * self.attack.setting(self.setting)})
+        changes = {self.setting: share * self.attack.setting(self.setting)}
+        if self.setting == "step_size" and hasattr(self.attack, "schedule"):
+            changes["schedule"] = self.attack.setting("schedule")  # a step size of one's own would be constant
+        return replace(self.attack, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,7 +128,7 @@ class Case:
     def step_settings(self, factor: float = 1.0) -> dict[str, Any]:
         """What says how long the steps are, with lengths times ``factor``: it must not follow the number of steps."""
         names = [name for name in ("step_size", "schedule") if hasattr(self.attack, name)]
-        found = {name: self.attack.setting(name) for name in names}
+        found = {name: value for name in names if (value := self.attack.setting(name)) is not None}
         return found if "step_size" not in found else {**found, "step_size": scaled(found["step_size"], factor)}
 
     def by(self, attack: Attack, seed: int = 0, model: Model | None = None) -> Tensor:
@@ -351,7 +351,7 @@ def equal_gradients(case: Case) -> Finding:
     rivals: dict[str, Attack] = {cls.__name__: cls(objective=own, **settings)}
     if own != soft:
         rivals[f"{cls.__name__} on soft Dice"] = cls(objective=soft, **settings)
-    if hasattr(attack, "step_size"):
+    if "step_size" in case.step_settings():
         for times, word in ((2, "twice the step"), (4, "four times the step")):
             rivals[word] = replace(attack, **case.step_settings(times))
     dice = {name: case.dice(case.by(rival)) for name, rival in rivals.items()}

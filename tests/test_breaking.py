@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def test_quantiles_keep_what_never_breaks() -> None:
     (other,) = breaking(rows([0.1, 0.2, 0.3], "l2"))
     assert other["quantiles"] == ["0.1", "0.1", "0.2", "0.3", "0.3"]
     assert other["unit"] == "L2"
+    by = SEARCH.format("linf").replace("norm='linf'", "criterion=MissedForeground(head='softmax')")
+    (dice,) = breaking([replace(row, attack=by) for row in rows([0.1])])
+    assert dice["below"] == "Dice below 0.5"  # the attack's own criterion is another matter
+    absent = [replace(row, status="absent") for row in rows([math.inf])]
+    assert breaking(absent) == []
+    (some,) = breaking([*rows([2 / 255]), *absent])
+    assert (some["cases"], some["never"]) == (1, 0)
     assert shares([found]).startswith(b"\x89PNG")
 
 
@@ -71,6 +79,7 @@ def test_the_smallest_eps_by_recall_and_for_each_structure(tmp_path: Path) -> No
     assert "PGD, L∞, /255 | recall below 0.6 |" in (out / "report.md").read_text()
     call(*words, "-o", tmp_path / "x", "--broken-by", "iou", code=2)
     call("evaluate", "-b", bundle, "-o", tmp_path / "x", "-a", "fgsm", "--per-structure", code=2)
+    call("evaluate", "-b", bundle, "-o", tmp_path / "x", "-a", "fgsm", "--broken-by", "recall", code=2)
     no = ["--minimum-eps", "pgd objective=CE", "--per-structure"]
     call("evaluate", "-b", bundle, "-o", tmp_path / "x", *no, code=2)
 

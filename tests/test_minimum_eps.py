@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from medrobust.attacks import (
     GaussianNoise,
     HardDice,
     MissedForeground,
+    RandomNoise,
     SoftDice,
+    Square,
+    Standard,
     Universal,
 )
 from medrobust.minimum_eps import MinimumEps
@@ -136,3 +140,74 @@ def test_each_structure_has_an_eps_of_its_own() -> None:
     assert search.of_structure(1).attack.objective == SoftDice(classes=(1,))
     with pytest.raises(ValueError, match="expected an attack on soft Dice"):
         MinimumEps(attack=PGD(objective=CrossEntropy())).of_structure(1)
+
+
+def test_a_black_box_search_takes_no_gradient() -> None:
+    """Its eps is Square's own, also where the model has no gradient to give."""
+    image, label = scene()
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        assert not x.requires_grad
+        with torch.no_grad():
+            return VoxelLinear()(x)
+
+    search = MinimumEps(attack=Square(queries=20), most=0.2, rounds=6)
+    assert search.gradients_of_walk == 0
+    assert torch.isfinite(search(model, image, label).eps).all()
+    assert MinimumEps(attack=PGD()).gradients_of_walk == 100
+    assert MinimumEps(attack=RandomNoise()).gradients_of_walk == 0
+
+
+def test_the_walk_only_improves_and_says_what_it_found() -> None:
+    model, (image, label) = SmallNet(2).eval(), data(2, batch=3)
+    label = model(image).argmax(1, keepdim=True)
+    for norm, most in (("linf", 0.2), ("l2", 2.0)):
+        search = MinimumEps(attack=PGD(steps=4, norm=norm), below=0.6, most=most, rounds=3)
+        bisected = replace(search, walk=0)(model, image, label)
+        found = search(model, image, label)
+        assert (found.eps <= bisected.eps).all()
+        assert (found.eps < bisected.eps).any()
+        assert (found.eps <= most).all()
+        delta = (found.image_adv - image).flatten(1)
+        size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+        torch.testing.assert_close(found.eps, size)
+        score = 1 - HardDice()(model(found.image_adv), label)
+        torch.testing.assert_close(found.score, score.detach())
+        assert (score < 0.6).all()
+
+
+def test_a_case_does_not_depend_on_its_neighbours() -> None:
+    model, (image, label) = SmallNet(2).eval(), data(2, batch=3)
+    label = model(image).argmax(1, keepdim=True)
+    search = MinimumEps(attack=PGD(steps=2), below=0.6, most=0.2, rounds=4, walk=10)
+    together = search(model, image, label).eps
+    for case in range(3):
+        one = slice(case, case + 1)
+        torch.testing.assert_close(search(model, image[one], label[one]).eps, together[one], rtol=0, atol=1e-5)
+
+
+def test_who_goes_for_recall_touches_nothing_but_the_foreground() -> None:
+    label = torch.tensor([0, 1, 2, -1]).view(1, 1, 1, 4)
+    search = MinimumEps(attack=PGD(), criterion=MissedForeground())
+    assert search._aim(label).flatten().tolist() == [-1, 1, 2, -1]
+    assert search.of_structure(2)._aim(label).flatten().tolist() == [-1, -1, 2, -1]
+    hot = torch.tensor([[0, 1], [1, 1]]).view(1, 2, 1, 2)
+    channels = MinimumEps(attack=PGD(objective=SoftDice(head="sigmoid")), criterion=MissedForeground(head="sigmoid"))
+    assert channels._aim(hot).flatten().tolist() == [-1, 1, 1, 1]
+    assert channels.of_structure(1)._aim(hot).flatten().tolist() == [-1, -1, 1, 1]
+    assert torch.equal(MinimumEps(attack=PGD())._aim(label), label)
+
+
+@pytest.mark.parametrize(
+    "attack", [APGD(criterion=HardDice()), APGD(track=CrossEntropy()), PGD(objective=CrossEntropy())]
+)
+def test_an_attack_that_looks_at_all_structures_cannot_aim_at_one(attack: Any) -> None:
+    with pytest.raises(ValueError, match="expected an attack on soft Dice"):
+        MinimumEps(attack=attack).of_structure(1)
+
+
+def test_an_attack_on_one_structure_chooses_its_image_by_it() -> None:
+    one = MinimumEps(attack=APGD()).of_structure(2).attack
+    assert one.setting("criterion") == HardDice(classes=(2,))
+    members = MinimumEps(attack=Standard()).of_structure(2).attack.members
+    assert [member.setting("criterion") for member in members[:3]] == [HardDice(classes=(2,))] * 3

@@ -41,7 +41,8 @@ def test_durations(seconds: float, text: str) -> None:
 def test_work() -> None:
     assert work(condition("a", STRONG)) == 30
     assert work(condition("a", Square(queries=300))) == 100
-    assert work(condition("a", WEAK, minimum=MinimumEps(attack=WEAK, rounds=4))) == 50
+    assert work(condition("a", WEAK, minimum=MinimumEps(attack=WEAK, rounds=4, walk=7))) == 57
+    assert work(condition("a", WEAK, minimum=MinimumEps(attack=Square(queries=30), rounds=1))) == 20
     assert work(condition("a", WEAK, stored=("a", "png"))) == 0
     assert 300 <= work(condition("a", Standard())) <= 350
 

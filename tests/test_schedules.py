@@ -74,3 +74,11 @@ def test_all_attacks_of_a_schedule_are_known() -> None:
     assert attacks_of(fgsm) == [fgsm]
     assert attacks_of(Mix(attacks=[fgsm, WarmUp(attack=pgd, epochs=2)])) == [fgsm, pgd]
     assert attacks_of(lambda epoch, generator: fgsm) == []
+
+
+def test_a_step_size_that_grows_keeps_its_schedule() -> None:
+    attack = PGD(eps=8 / 255, steps=7)
+    warm = WarmUp(attack=attack, epochs=2, setting="step_size", start=0.5)
+    half, full = (warm(epoch, torch.Generator()) for epoch in (0.0, 5.0))
+    assert [full.step_size_at(step) for step in range(7)] == [attack.step_size_at(step) for step in range(7)]
+    assert half.step_size_at(3) == pytest.approx(attack.step_size_at(3) / 2)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from medrobust import soundness
 from medrobust.attacks import APGD, PGD, VAFA, CrossEntropy, HardDice, RandomNoise
-from medrobust.attacks.base import Model
+from medrobust.attacks.base import Attack, Model
+from medrobust.attacks.threat import LinfBall, ThreatModel
 from medrobust.inferers import bind
 from medrobust.soundness import MEANING, Case, Finding, checklist, noise, warnings
 
@@ -379,6 +380,28 @@ def test_twice_the_steps_are_as_long_as_the_steps_asked_about(flat: tuple[Net, T
     soundness.steps(case(net, image, label, Own(eps=EPS, steps=8)), thorough=True)
     assert sorted({attack.steps for attack in asked}) == [2, 8, 16]
     assert {attack.setting("step_size") for attack in asked} == {2.5 * EPS / 8}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Unsaid(Attack):
+    """An attack of a user, whose step size of None is nobody's business but its own."""
+
+    eps: float = EPS
+    norm: str = "linf"
+    steps: int = 12
+    step_size: float | None = None
+
+    @property
+    def threat(self) -> ThreatModel:
+        return LinfBall(self.eps)
+
+    def perturb(self, model: Model, image: Tensor, label: Tensor, generator: torch.Generator) -> Tensor:
+        return PGD(eps=self.eps, steps=self.steps).perturb(model, image, label, generator)
+
+
+def test_an_attack_that_does_not_say_its_step_size(flat: tuple[Net, Tensor, Tensor]) -> None:
+    net, image, label = flat
+    assert warnings(checklist(net, image, label, attack=Unsaid())) == []
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -12,21 +12,20 @@ BLOCKS = ("training", "training.structures", "training.vafa", "training.bundle")
 BUNDLE = "ct_organs_unetr"
 WEIGHTS = {"clean training": "model.pt", "VAFT": "vaft.pt"}
 NOISE = "noise 8/255"
-STRONG = "standard eps=8/255"
+PGD = "pgd eps=8/255"
 VAFA = "vafa q_max=20 block_size=32,32,16"
 ATTACKS = (
     "gaussian_noise std=8/255",
     "fgsm eps=8/255",
     "bim eps=8/255",
     "mifgsm eps=8/255",
-    "pgd eps=8/255",
+    PGD,
     "segpgd eps=8/255",
     "cospgd eps=8/255",
     "apgd eps=8/255 steps=20",
     "sa2 block_size=16,16,16",
     "vafa2d q_max=20",
     VAFA,
-    STRONG,
 )
 STRUCTURES = ("liver", "aorta", "bones", "back muscles")
 
@@ -62,7 +61,7 @@ def main() -> None:
 def by_name(found: Found, attack: str, structure: str = "") -> list[float]:
     """Dice of each training under an attack, or clean, or under noise."""
     if attack in (CLEAN, NOISE):
-        return [mean(records[STRONG], attack, structure=structure) for records in found.values()]
+        return [mean(records[PGD], attack, structure=structure) for records in found.values()]
     return [mean(records[attack], label(attack), structure=structure) for records in found.values()]
 
 
@@ -86,7 +85,7 @@ def structures(found: Found) -> str:
 def under_vafa(found: Found) -> str:
     """What VAFT gains, and how far a voxel moves."""
     plain, hardened = by_name(found, VAFA)
-    moved = [rms(found, attack) for attack in ("pgd eps=8/255", VAFA)]
+    moved = [rms(found, attack) for attack in (PGD, VAFA)]
     return sentence(
         f"""Under VAFA, VAFT keeps {hardened:.3f} where clean training keeps {plain:.3f}, a gain of
         {hardened - plain:.3f}. PGD moves a voxel of the hardened network's image by {moved[0]:.1f}/255 in root mean
