@@ -32,9 +32,9 @@ def main() -> None:
         rows.append([training, *(f"{255 * eps:.2f}" for eps in found)])
     table = markdown(("eps, /255", "all", *STRUCTURES, "all, by recall"), rows)
     words = sentence(
-        """For the shipped 3-D networks on one window of CT B: the eps that brings mean Dice, or that of one structure, under
-        0.5, and the one that leaves less than a tenth of the foreground right (`apgd steps=15`; 0 where the clean image is
-        under it)."""
+        """For the shipped 3-D networks on one window of CT B: the eps that brings mean Dice, or that of one structure,
+        under 0.5, and the one that leaves less than a tenth of the foreground right (`apgd steps=15`; 0 where the clean
+        image is under it)."""
     )
     publish({BLOCKS[0]: f"{words}\n\n{table}"}, write=asked.write)
 
