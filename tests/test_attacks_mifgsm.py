@@ -71,7 +71,7 @@ def test_reaches_the_worst_image_of_a_voxel_linear_model(objective: object) -> N
 
 
 def test_l2_reaches_the_closed_form_on_a_linear_objective() -> None:
-    """All gradients agree, so steps of eps / steps end at eps along the gradient."""
+    """All gradients agree, so the steps end at the edge of the ball, eps along the gradient."""
     image, objective = torch.full((2, 1, 5, 6, 7), 0.5), LinearObjective()
     direction = objective.weights(image).expand_as(image)
     expected = image + 0.5 * direction / direction[0].norm()
