@@ -42,7 +42,7 @@ SMALLEST_BUDGET = 200
 TOLERANCE = 0.01
 """In Dice; relative for the smallest eps."""
 
-LONG, HARDENED = "toy 2-D, 4 structures", "UPerNet, PIR-AT"
+LONG = "toy 2-D, 4 structures"
 SEED = 0
 LOST = 0.1
 """Of the foreground voxels that were right, at most this share is left where the foreground counts as lost."""
@@ -55,7 +55,7 @@ def tables(cells: Cells, names: list[str], *, everything: bool = False) -> None:
 
     Args:
         everything: the whole grid, which takes hours; else 100 gradients on ``LONG`` in Linf balls alone, and the
-            smallest eps of the toys and of ``HARDENED``.
+            smallest eps of the toys.
     """
     _without_plots()
     _without_compiling()
@@ -65,7 +65,7 @@ def tables(cells: Cells, names: list[str], *, everything: bool = False) -> None:
             asked = names if steps == BUDGETS[0] else long
             if asked:
                 _fixed_table(cells, asked, norm, steps)
-    searched = [name for name in names if everything or name.startswith("toy") or name == HARDENED]
+    searched = [name for name in names if everything or name.startswith("toy")]
     for norm in NORMS:
         for goal in GOALS:
             _smallest_table(cells, searched, norm, goal)

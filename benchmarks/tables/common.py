@@ -38,11 +38,13 @@ TINY = {"steps": 1, "restarts": 1, "queries": 4, "progressive": False}
 """Settings of all attacks with ``--quick``."""
 
 
-def arguments(text: str | None) -> argparse.Namespace:
-    """``--write`` and ``--quick`` of every script."""
+def arguments(text: str | None, **flags: str) -> argparse.Namespace:
+    """``--write`` and ``--quick`` of every script, and ``flags`` with their help of one."""
     parser = argparse.ArgumentParser(description=(text or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the table into its page, not only on the screen")
     parser.add_argument("--quick", action="store_true", help="tiny settings, to see that the script works")
+    for name, meaning in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
     found = parser.parse_args()
     if found.write and found.quick:
         parser.error("expected --write or --quick, got both: numbers of tiny settings belong on no page")
