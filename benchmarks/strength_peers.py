@@ -356,9 +356,13 @@ def _fixed_table(cells: Cells, names: list[str], norm: Norm, steps: int) -> None
                     stronger.append(
                         f"peer stronger: {names[column]}, {norm}, {steps}: {row} {value['dice']:.3f}, "
                         f"our {kinds[row]} {same:.3f}, best of ours {best[column]:.3f}"
-                        + (" (BEATS ALL OF OURS)" if value["dice"] < best[column] - TOLERANCE else "")
+                        + (" (ahead of all of ours)" if value["dice"] < best[column] - TOLERANCE else "")
                     )
-    print("| **best of ours** | | " + " | ".join(f"{best[column]:.3f}" for column in best) + " |\n")
+    print(
+        "| **best of ours** | | "
+        + " | ".join(f"{value:.3f}" if value < math.inf else "" for value in best.values())
+        + " |\n"
+    )
     print("\n".join(stronger) or "no peer is stronger")
     _print_failures(found)
 
