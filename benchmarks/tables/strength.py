@@ -71,9 +71,8 @@ def regrets(found: Mapping[tuple[str, str, str, int, str], float], rules: Sequen
     note = (
         "Dice that a rule leaves above the best rule of the same cell: the largest over all cells, in brackets the "
         f"mean. {len(whole)} cells of a network, an attack, a norm and a number of steps: {counts}. Rules without a "
-        "word on shrinking are constant. Every attack took 20 steps on every network; fewer and more steps were taken "
-        "by PGD everywhere, by others on the small networks only. Of SA2, eps is rho, and of VAFA q_max / 2. Two rules "
-        "were tried with one attack only."
+        "word on shrinking are constant. Of SA2, eps is rho, and of VAFA q_max / 2. Two rules were tried with one "
+        "attack only."
     )
     far = sorted(
         ((by_rule[DEFAULT] - min(by_rule.values()), key) for key, by_rule in whole.items() if key[1] != "VAFA"),
@@ -102,10 +101,10 @@ def pgd(found: Mapping[tuple[str, str, str, int, str], float], rules: Sequence[s
 
 
 def others(found: Mapping[tuple[str, str], Mapping[str, float]], names: Sequence[str]) -> str:
-    """A row a setting, its default first."""
+    """A row a setting, its default first; networks where one is not measured are left out."""
+    names = [name for name in names if found and all(name in by_name for by_name in found.values())]
     rows = [
-        [attack, differs, *(three(by_name[name]) if name in by_name else "" for name in names)]
-        for (attack, differs), by_name in found.items()
+        [attack, differs, *(three(by_name[name]) for name in names)] for (attack, differs), by_name in found.items()
     ]
     return markdown(("attack", "setting", *names), rows)
 
