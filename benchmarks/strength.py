@@ -24,7 +24,7 @@ def main() -> None:
     words.add_argument("--everything", action="store_true", help="the whole grid of the shipped networks too")
     words.add_argument("--part", default="0/1")
     words.add_argument(
-        "--subjects", default=";".join(subjects.names()[:8]), help="separated by semicolons; see subjects.py"
+        "--subjects", default=";".join(subjects.names()), help="separated by semicolons; see subjects.py"
     )
     words.add_argument("--peers", action="store_true", help="other packages beside ours instead; see peers.txt")
     words.add_argument("--settings", action="store_true", help="every other default instead")

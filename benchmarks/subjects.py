@@ -90,23 +90,6 @@ def _organs(weights: str, eps: float) -> Subject:
     )
 
 
-def _whole(weights: str, eps: float) -> Subject:
-    """The whole of CT B through the sliding window: what is deployed; slow."""
-    opened = Bundle(root=BUNDLES / "ct_organs_unetr", overrides={}, weights=_weights("ct_organs_unetr", weights))
-    case = opened.preprocessing(dict(opened.cases("validation")[0]))
-    image, label = (case[key].as_tensor()[None].clone() for key in ("image", "label"))
-    return Subject(
-        name="",
-        model=bind(opened.network, opened.inferer),
-        image=image,
-        label=label,
-        head="softmax",
-        eps=eps,
-        eps_l2=eps * image.numel() ** 0.5 / 3,
-        block=(32, 32, 16),
-    )
-
-
 def _slices(weights: str, eps: float) -> Subject:
     opened = Bundle(root=BUNDLES / "ct_slices_upernet", overrides={}, weights=_weights("ct_slices_upernet", weights))
     image, label = _at_own_size(opened, opened.cases("validation"))
@@ -302,6 +285,4 @@ _MAKERS: dict[str, Callable[[], Subject]] = {
     "UPerNet, PIR-AT": lambda: _slices("robust", 4 / 255),
     "CLIPSeg": lambda: _prompted(4 / 255),
     **{name: (lambda name=name, toy=toy: _toy(name, toy)) for name, toy in _TOYS.items()},
-    "UNETR, whole volume": lambda: _whole("model", 8 / 255),
-    "UNETR, VAFT, whole volume": lambda: _whole("vaft", 8 / 255),
 }
