@@ -303,9 +303,12 @@ def test_steps_that_are_too_few_show_when_doubled(flat: tuple[Net, Tensor, Tenso
 
 
 @cache
-def curved() -> tuple[nn.Module, Tensor, Tensor]:
-    """Six smooth convolutions that learned two cases by heart: a gradient holds for a short way only."""
-    image, label = data(2, side=24, classes=2)
+def curved(cases: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Six smooth convolutions that learned some cases by heart: a gradient holds for a short way only.
+
+    Trained in double precision, so that every machine's rounding ends at the same weights.
+    """
+    image, label = data(2, batch=cases, side=24, classes=2)
     image = 0.5 + CONTRAST * (image - 0.5)
     torch.manual_seed(1)
     layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, padding=1), nn.Tanh()]
@@ -321,28 +324,31 @@ def curved() -> tuple[nn.Module, Tensor, Tensor]:
         def forward(self, image: Tensor) -> Tensor:
             return self.body((image - 0.5) / CONTRAST)
 
-    net = Curved()
+    net = Curved().double()
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     for _ in range(150):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(net(image), label[:, 0]).backward()
+        nn.functional.cross_entropy(net(image.double()), label[:, 0]).backward()
         optimizer.step()
-    return net, image, label
+    return net.float(), image, label
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_the_old_step_rule_is_noticed_and_the_default_is_not(norm: str) -> None:
+@pytest.mark.parametrize(("norm", "eps", "cases"), [("linf", EPS, 2), ("l2", 0.35, 4)])
+def test_the_old_step_rule_is_noticed_and_the_default_is_not(norm: str, eps: float, cases: int) -> None:
     """Constant steps of 2.5 eps / steps: more steps do not help, for each gets shorter."""
-    net, image, label = curved()
-    eps = EPS if norm == "linf" else 0.5
+    net, image, label = curved(cases)
     old = PGD(eps=eps, norm=norm, steps=20, step_size=2.5 * eps / 20)
     found = soundness.equal_gradients(case(net, image, label, old))
     assert not found.ok
-    assert found.value > 0.03
     assert "four times the step" in found.text
-    assert "equal gradients" in failed(net, image, label, attack=old)
     for attack in (replace(old, step_size=None), APGD(eps=eps, norm=norm, steps=20)):
-        assert "equal gradients" not in failed(net, image, label, attack=attack)
+        assert soundness.equal_gradients(case(net, image, label, attack)).ok
+
+
+def test_the_checklist_tells_of_the_old_step_rule() -> None:
+    net, image, label = curved(2)
+    old = PGD(eps=EPS, steps=20, step_size=2.5 * EPS / 20)
+    assert "equal gradients" in failed(net, image, label, attack=old)
 
 
 def test_an_objective_that_is_weaker_than_soft_dice_is_noticed(flat: tuple[Net, Tensor, Tensor]) -> None:
