@@ -31,7 +31,7 @@ JUDGES: dict[str, type[HardDice | MissedForeground]] = {"dice": HardDice, "recal
 
 GROWTH = (0.05, 0.001)
 """Share by which the walk's radius changes at the first step and at the last (2102.12827, Sec. 2.2)."""
-LENGTH = (0.5, 0.02)
+LENGTH = (1.0, 0.02)
 """First and last step of the walk, as a share of the radius."""
 
 
