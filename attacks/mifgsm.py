@@ -30,7 +30,8 @@ class MIFGSM(Attack):
         step_size: length of the first step, in the unit of ``eps``; ``None`` is ``2 * eps``; the paper
             has ``eps / steps``, constant, which is by far the weakest of the rules compared in docs/attacks.md.
         schedule: how the steps shrink, as for PGD.
-        decay: what remains of the sum at the next step; 0 is BIM, 1 the paper's choice.
+        decay: what remains of the sum at the next step; 0 is BIM, 1 the paper's choice. Against the network that the
+            image is made on 0.5 is a little stronger, for other networks 1 (docs/attacks.md).
         keep_best: return the best iterate, chosen as PGD does; ``False``, the textbook form, returns the last one.
     """
 
