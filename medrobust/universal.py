@@ -6,7 +6,6 @@ gradient of a few cases, a step, the ball's projection. An earlier form solves a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +68,7 @@ def fit(
         eps: largest change of a voxel, intensities in [0, 1].
         epochs: passes over the cases, in an order drawn anew.
         batch: cases whose gradients are averaged before a step.
-        step_size: of the first epoch, shrinking linearly to a tenth; ``None`` is ``2.5 * eps / steps`` over all
-            epochs, so that the edge is in reach, and at least ``eps / 10``.
+        step_size: of the first epoch, shrinking linearly to a tenth; ``None`` is ``eps``.
         objective: what is maximised; ``None`` is the soft Dice.
         generator: source of chance; ``None`` is a fresh one with seed 0.
         progress: called after each epoch with its number and the mean objective.
@@ -89,7 +87,7 @@ def fit(
     delta = torch.zeros(1, channels, *size)
     best, best_score = delta.clone(), -torch.inf
     if step_size is None:
-        step_size = max(2.5 * eps / (epochs * math.ceil(len(cases) / batch)), eps / 10)
+        step_size = eps
     for epoch in range(epochs):
         step = step_size * (1 - 0.9 * epoch / max(epochs - 1, 1))
         order = torch.randperm(len(cases), generator=generator).tolist()
