@@ -69,6 +69,7 @@ def test_it_repeats_and_tells_its_progress(weight: Tensor) -> None:
     first = fit(cases, (3, 3), eps=0.1, epochs=3, batch=1, progress=lambda epoch, score: told.append(epoch))
     assert told == [0, 1, 2]
     assert torch.equal(first, fit(cases, (3, 3), eps=0.1, epochs=3, batch=1))
+    assert torch.equal(first, fit(cases, (3, 3), eps=0.1, epochs=3, batch=1, step_size=0.1)), "steps begin with eps"
     with pytest.raises(ValueError, match="expected cases, eps above 0"):
         fit([], (3, 3), eps=0.1)
 
