@@ -23,7 +23,6 @@ ATTACKS = (
     "segpgd eps=8/255",
     "cospgd eps=8/255",
     "apgd eps=8/255 steps=20",
-    "standard eps=8/255",
     "sa2 block_size=16,16,16",
     "vafa2d q_max=20",
     VAFA,
