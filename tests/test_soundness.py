@@ -340,15 +340,11 @@ def test_the_old_step_rule_is_noticed_and_the_default_is_not(norm: str, eps: flo
     old = PGD(eps=eps, norm=norm, steps=20, step_size=2.5 * eps / 20)
     found = soundness.equal_gradients(case(net, image, label, old))
     assert not found.ok
+    assert found.value > 0.03
     assert "four times the step" in found.text
-    for attack in (replace(old, step_size=None), APGD(eps=eps, norm=norm, steps=20)):
-        assert soundness.equal_gradients(case(net, image, label, attack)).ok
-
-
-def test_the_checklist_tells_of_the_old_step_rule() -> None:
-    net, image, label = curved(2)
-    old = PGD(eps=EPS, steps=20, step_size=2.5 * EPS / 20)
     assert "equal gradients" in failed(net, image, label, attack=old)
+    for attack in (replace(old, step_size=None), APGD(eps=eps, norm=norm, steps=20)):
+        assert "equal gradients" not in failed(net, image, label, attack=attack)
 
 
 def test_an_objective_that_is_weaker_than_soft_dice_is_noticed(flat: tuple[Net, Tensor, Tensor]) -> None:
