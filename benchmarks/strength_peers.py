@@ -595,10 +595,7 @@ def _most(subject: subjects.Subject, norm: Norm) -> float:
 
 
 def minimum(subject: subjects.Subject, norm: Norm, goal: str) -> MinimumEps:
-    """Ours: at most 200 gradients, 40 in attacks and 160 in the walk; each case gets its own threshold.
-
-    Longer attacks and a shorter walk did worse on most cases of the toys.
-    """
+    """Ours: at most 200 gradients, 40 in attacks and 160 in the walk; each case gets its own threshold."""
     most, head = _most(subject, norm), subject.head
     if goal == "dice":
         climb = APGD(norm=norm, steps=10, objective=SoftDice(head=head))
@@ -664,7 +661,7 @@ def _smallest_column(cells: Cells, name: str, norm: Norm, goal: str) -> Iterator
 
 
 def _only(value: Any, goal: str, most: float) -> Any:
-    """What was measured, for one of the goals."""
+    """What was measured, for one of the goals; ``None`` for a case that took more than ``most``, up to rounding."""
     if value is None or "failed" in value:
         return value
     eps = [None if size is None or size > most * 1.001 else size for size in value[goal]]
