@@ -57,10 +57,11 @@ class VAFA(Attack):
         q_init: quantum at the start; ``None`` is ``q_min``, as in the paper, and ``q_max`` with the ``"soft"`` solver,
             as in the published code.
         steps: gradient steps.
-        step_size: how far a step moves a coefficient (``"projected"``) or a quantum (``"soft"``), in grey levels of
-            255. ``None`` is ``q_max / 4`` and, as published, 1.
+        step_size: how far the first step moves a coefficient (``"projected"``) or a quantum (``"soft"``), in grey
+            levels of 255. ``None`` is ``q_max / 2``, the farthest that rounding can move a coefficient, and, as
+            published, 1.
         schedule: how the steps shrink: ``"constant"``, ``"linear"`` or ``"cosine"``, toward 0 after the last. ``None``
-            is ``"linear"`` with the projected solver and ``"constant"`` with the published one.
+            is ``"cosine"``, or ``"constant"`` where a ``step_size`` is given and with the published solver.
         block_size: block edge lengths in voxels, one per axis. 32 as in the paper's comparisons; its Table 4 and our
             measurements agree that small blocks are weaker.
         solver: ``"projected"`` moves every coefficient along the sign of its gradient and projects it onto what
@@ -116,8 +117,8 @@ class VAFA(Attack):
             "objective": DiceCE() if self.reference else SoftDice(),
             "q_min": q_min,
             "q_init": self.q_max if soft else q_min if self.q_min is None else self.q_min,
-            "step_size": 1.0 if soft else self.q_max / 4,
-            "schedule": "constant" if soft else "linear",
+            "step_size": 1.0 if soft else self.q_max / 2,
+            "schedule": "cosine" if self.step_size is None and not soft else "constant",
             "solver": "soft" if soft else "projected",
         }
 

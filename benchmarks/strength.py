@@ -28,6 +28,7 @@ def main() -> None:
     )
     words.add_argument("--peers", action="store_true", help="other packages beside ours instead; see peers.txt")
     words.add_argument("--settings", action="store_true", help="every other default instead")
+    words.add_argument("--transfer", action="store_true", help="images shown to another network, by momentum, instead")
     words.add_argument("--standard", action="store_true", help="what the standard ensemble is chosen by instead")
     asked = words.parse_args()
     torch.set_num_threads(1)
@@ -43,6 +44,11 @@ def main() -> None:
         import settings
 
         settings.measure(Cells("settings", (part, parts), wait=not asked.table), asked.subjects.split(";"))
+        return
+    if asked.transfer:
+        import transfer
+
+        transfer.measure(Cells("transfer", (part, parts), wait=not asked.table), asked.subjects.split(";"))
         return
     if asked.standard:
         import standard

@@ -99,13 +99,15 @@ def test_one_step_in_single_precision() -> None:
 
 
 def test_settings_left_open_are_resolved_and_printed() -> None:
-    names = ("q_min", "q_init", "step_size", "solver")
+    names = ("q_min", "q_init", "step_size", "solver", "schedule")
     paper, soft, reference = VAFA(q_max=30), VAFA(q_max=30, solver="soft"), VAFA(q_max=30, reference=True)
-    assert [paper.setting(name) for name in names] == [1, 1, 7.5, "projected"]
-    assert [soft.setting(name) for name in names] == [1, 30, 1, "soft"]
-    assert [reference.setting(name) for name in names] == [5, 30, 1, "soft"]
+    assert [paper.setting(name) for name in names] == [1, 1, 15, "projected", "cosine"]
+    assert [soft.setting(name) for name in names] == [1, 30, 1, "soft", "constant"]
+    assert [reference.setting(name) for name in names] == [5, 30, 1, "soft", "constant"]
     assert [VAFA(q_max=0.5).setting(name) for name in names[:2]] == [0.5, 0.5]
     assert VAFA(q_min=3).setting("q_init") == 3
+    assert VAFA(step_size=3).setting("schedule") == "constant"
+    assert VAFA(step_size=3, schedule="linear").setting("schedule") == "linear"
     assert paper.setting("objective") == SoftDice(include_background=False)
     assert reference.setting("objective") == DiceCE()
     assert (VAFA(q_min=3, reference=True).setting("q_min"), VAFA(q_init=4).setting("q_init")) == (3, 4)
@@ -308,14 +310,16 @@ def test_every_projected_step_is_what_true_rounding_with_its_tables_gives() -> N
     assert (taken[-1].image_adv - image).abs().max() > 5 / 255
 
 
-@pytest.mark.parametrize(("q_min", "q_max"), [(1.0, 20.0), (5.0, 9.0)])
-def test_the_projected_solver_reaches_the_worst_tables_of_a_linear_model(q_min: float, q_max: float) -> None:
+@pytest.mark.parametrize(
+    ("q_min", "q_max", "options"), [(1.0, 20.0, {}), (1.0, 20.0, {"step_size": 20}), (5.0, 9.0, {"step_size": 9})]
+)
+def test_the_projected_solver_reaches_the_worst_tables_of_a_linear_model(
+    q_min: float, q_max: float, options: dict[str, float]
+) -> None:
     """Where the objective is linear in the voxels, each coefficient has its own worst quantum."""
     block, weight = (4, 4, 4), LinearObjective()
     image, label = toy_case(1, 1, 8, 8, 8, low=0.3, high=0.7)
-    attack = VAFA(
-        q_min=q_min, q_max=q_max, steps=10, step_size=q_max, block_size=block, ssim_weight=0, objective=weight
-    )
+    attack = VAFA(q_min=q_min, q_max=q_max, steps=10, block_size=block, ssim_weight=0, objective=weight, **options)
     image_adv = attack(lambda x: x, image, label)
 
     c = coefficients(image.numpy(), block)
