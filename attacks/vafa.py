@@ -68,7 +68,9 @@ class VAFA(Attack):
             rounding with a quantum in [q_min, q_max] can make of it; it always rounds truly. ``"soft"`` is the
             published solver: the quanta follow the sign of their gradient through soft rounding. Both choose from
             the same set of images. ``None`` is ``"projected"`` (``"soft"`` with ``reference``).
-        ssim_weight: weight of the structural dissimilarity that is taken off the objective (Eq. 2); 0 leaves it out.
+        ssim_weight: weight of the structural dissimilarity that is taken off the objective (Eq. 2; 1 is the paper's).
+            ``None`` is 0: the tables bound the change already, and the penalty would hide what is possible within them.
+            With ``reference`` it is 1.
         final: with the ``"soft"`` solver, ``"soft"`` returns what the model saw while attacked; ``"hard"`` renders the
             best tables once more with true rounding, so that the tables alone give the image back.
         reference: the published code's arithmetic: q in [5, q_max], Dice plus cross-entropy, every axial slice
@@ -84,7 +86,7 @@ class VAFA(Attack):
     step_size: float | None = None
     schedule: Schedule | None = None
     block_size: tuple[int, ...] = (32, 32, 32)
-    ssim_weight: float = 1.0
+    ssim_weight: float | None = None
     solver: str | None = None
     final: str = "soft"
     reference: bool = False
@@ -120,6 +122,7 @@ class VAFA(Attack):
             "step_size": 1.0 if soft else self.q_max / 2,
             "schedule": "cosine" if self.step_size is None and not soft else "constant",
             "solver": "soft" if soft else "projected",
+            "ssim_weight": 1.0 if self.reference else 0.0,
         }
 
     @property
@@ -141,7 +144,7 @@ class VAFA(Attack):
     def trajectory(self, model: Model, image: Tensor, label: Tensor) -> Iterator[Step]:
         """Every evaluation in turn: ``steps`` of them with a gradient, then, unless ``reference``, the last tables."""
         coefficients = self._coefficients(image)
-        ssim = BlockSSIM(self._blocks(image), len(self.block_size)) if self.ssim_weight else None
+        ssim = BlockSSIM(self._blocks(image), len(self.block_size)) if self.setting("ssim_weight") else None
         q = torch.full_like(coefficients, self.setting("q_init"))
         walk = self._walk if self.setting("solver") == "projected" else self._walk_softly
         yield from walk(q, coefficients, lambda image_adv, i: self._score(model, image_adv, label, i, ssim), image)
@@ -181,7 +184,7 @@ class VAFA(Attack):
         self, model: Model, image_adv: Tensor, label: Tensor, i: int, ssim: BlockSSIM | None
     ) -> tuple[Tensor, Tensor]:
         change = 0.0 if ssim is None else 1 - ssim(self._blocks(image_adv)).clamp_min(0).flatten(1).mean(1)
-        return self.weigh(model, image_adv, label, i, self.steps, self.ssim_weight * change)
+        return self.weigh(model, image_adv, label, i, self.steps, self.setting("ssim_weight") * change)
 
     def _render(self, coefficients: Tensor, q: Tensor, alpha: float, image: Tensor) -> Tensor:
         """The image that quantised coefficients stand for, in [0, 1]."""

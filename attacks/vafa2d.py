@@ -11,9 +11,9 @@ from medrobust.attacks.vafa import VAFA
 class VAFA2D(VAFA):
     """VAFA with two-dimensional blocks: on images (B, C, H, W), or on each slice of (B, C, H, W, D) along D.
 
-    The settings are VAFA's. The published code runs it without the similarity term, and so does the default; it also
-    ran 10 steps whatever was asked for, which ``steps=10`` gives.
+    The settings are VAFA's. The published code runs it without the similarity term, so ``ssim_weight`` is 0 with
+    ``reference`` too; it also ran 10 steps whatever was asked for, which ``steps=10`` gives.
     """
 
     block_size: tuple[int, ...] = (32, 32)
-    ssim_weight: float = 0.0
+    ssim_weight: float | None = 0.0

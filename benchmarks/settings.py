@@ -62,7 +62,7 @@ def variants(subject: subjects.Subject) -> Iterator[tuple[str, str, Attack]]:
     dims = 3 if volumetric else 2
     vafa = VAFA(q_max=2 * 255 * subject.eps, steps=STEPS, objective=soft, block_size=(32,) * dims)
     yield "VAFA", "default", vafa
-    yield "VAFA", "ssim_weight=0", replace(vafa, ssim_weight=0.0)
+    yield "VAFA", "ssim_weight=1", replace(vafa, ssim_weight=1.0)
     yield "VAFA", "q_init=q_max", replace(vafa, q_init=vafa.q_max)
     for n in (8, 16):
         yield "VAFA", f"block_size={n}", replace(vafa, block_size=(n,) * dims)

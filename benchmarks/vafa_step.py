@@ -88,7 +88,7 @@ def main() -> None:
         for _ in range(steps):
             q = published_step(image, q, block)
         published = (time.perf_counter() - start) / steps
-        attack = VAFA(steps=steps, block_size=(block,) * 3)
+        attack = VAFA(steps=steps, block_size=(block,) * 3, ssim_weight=1.0)
         start = time.perf_counter()
         attack(Mean(), image, label)
         ours = (time.perf_counter() - start) / (steps + 1)  # it also judges the last tables

@@ -74,7 +74,7 @@ def main() -> None:
     image = torch.rand((BATCH, 1, *SIZE), generator=generator)
     batch = {"image": image, "label": (5 * image).long()}
     network = UNETR(1, 5, SIZE, feature_size=8, hidden_size=96, mlp_dim=384, num_heads=6)
-    attack = VAFA(steps=STEPS, block_size=(BLOCK,) * 3)
+    attack = VAFA(steps=STEPS, block_size=(BLOCK,) * 3, ssim_weight=1.0)
     vaft = [
         CraftAdversarial(attack, to="image_adv"),
         AdversarialForward(),

@@ -99,11 +99,11 @@ def test_one_step_in_single_precision() -> None:
 
 
 def test_settings_left_open_are_resolved_and_printed() -> None:
-    names = ("q_min", "q_init", "step_size", "solver", "schedule")
+    names = ("q_min", "q_init", "step_size", "solver", "schedule", "ssim_weight")
     paper, soft, reference = VAFA(q_max=30), VAFA(q_max=30, solver="soft"), VAFA(q_max=30, reference=True)
-    assert [paper.setting(name) for name in names] == [1, 1, 15, "projected", "cosine"]
-    assert [soft.setting(name) for name in names] == [1, 30, 1, "soft", "constant"]
-    assert [reference.setting(name) for name in names] == [5, 30, 1, "soft", "constant"]
+    assert [paper.setting(name) for name in names] == [1, 1, 15, "projected", "cosine", 0]
+    assert [soft.setting(name) for name in names] == [1, 30, 1, "soft", "constant", 0]
+    assert [reference.setting(name) for name in names] == [5, 30, 1, "soft", "constant", 1]
     assert [VAFA(q_max=0.5).setting(name) for name in names[:2]] == [0.5, 0.5]
     assert VAFA(q_min=3).setting("q_init") == 3
     assert VAFA(step_size=3).setting("schedule") == "constant"
@@ -137,7 +137,7 @@ def test_steps_are_obeyed(steps: int) -> None:
 def test_the_soft_solver_walks_by_the_sign_of_its_own_gradient() -> None:
     """Same loop without the stretch: clipped to [0, 1], soft Dice of the foreground, tables in [1, q_max]."""
     model, (image, label) = toy_network(1, 3, 3), toy_case(2, 1, 8, 8, 8, low=0.3, high=0.7)
-    attack = VAFA(steps=5, block_size=(4, 4, 4), q_init=3, q_max=5, solver="soft")
+    attack = VAFA(steps=5, block_size=(4, 4, 4), q_init=3, q_max=5, solver="soft", ssim_weight=1)
     taken = list(attack.trajectory(model, image, label))
     moved = 0
     for i, (now, after) in enumerate(pairwise(taken)):
