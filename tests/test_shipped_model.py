@@ -61,9 +61,9 @@ def test_vaft_withstands_the_attack_that_breaks_the_clean_weights(ct_organs: Pat
     assert found["vaft", "clean"] == pytest.approx(PUBLISHED["mean_dice_ct_b_vaft"], abs=2e-3)
     assert found["model", "VAFA"] == pytest.approx(PUBLISHED["mean_dice_ct_b_vafa"], abs=0.01)
     assert found["vaft", "VAFA"] == pytest.approx(PUBLISHED["mean_dice_ct_b_vaft_vafa"], abs=0.01)
-    # What was published is at least 0.3 apart; another processor may round it differently.
-    assert PUBLISHED["mean_dice_ct_b_vaft_vafa"] - PUBLISHED["mean_dice_ct_b_vafa"] >= 0.3
-    assert found["vaft", "VAFA"] - found["model", "VAFA"] > 0.295
+    # What is published is at least 0.29 apart; another processor may round it differently.
+    assert PUBLISHED["mean_dice_ct_b_vaft_vafa"] - PUBLISHED["mean_dice_ct_b_vafa"] >= 0.29
+    assert found["vaft", "VAFA"] - found["model", "VAFA"] > 0.285
     assert found["vaft", "clean"] > found["model", "clean"] - 0.05
 
 
