@@ -1,4 +1,4 @@
-"""docs/attacks.md and docs/strength.md: step rules, other defaults, the standard ensemble, and other packages."""
+"""docs/attacks.md and docs/strength.md: step rules, other defaults, transfer, the standard ensemble, other packages."""
 
 from __future__ import annotations
 
